@@ -4,7 +4,7 @@ import difflib
 import importlib.util
 from collections.abc import Iterable
 
-__all__ = ["EXTRAS", "UserError", "extra_of", "has_extra", "nearest", "require_extra"]
+__all__ = ["EXTRAS", "UserError", "extra_of", "has_extra", "nearest", "plural", "require_extra"]
 
 EXTRAS = {
     "flower": ("flwr", "ray"),
@@ -63,6 +63,11 @@ def has_extra(extra: str) -> bool:
 def extra_of(package: str) -> str | None:
     """Return the first extra that adds the package of this import name; None if there is none."""
     return next((extra for extra, packages in EXTRAS.items() if package in packages), None)
+
+
+def plural(noun: str, number: int) -> str:
+    """Return a regular noun for this number of things."""
+    return noun if number == 1 else f"{noun}s"
 
 
 def require_extra(where: str, extra: str, packages: Iterable[str] | None = None) -> None:

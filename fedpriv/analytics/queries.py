@@ -2,8 +2,8 @@
 
 Each query describes a record by a few entries (place, value) of a vector phi with norm at most `norm`. An analysis
 joins the queries to one vector of norm at most 1: query j is multiplied by sqrt(share_j) / norm_j, and the shares sum
-to 1. One Gaussian mechanism then answers all of them, and query j alone costs sqrt(share_j) of its mu. Of a client whose
-records are summed, only the whole vector has a bound: there, each query alone costs as much as all.
+to 1. One Gaussian mechanism then answers all of them, and query j alone costs sqrt(share_j) of its mu. Of a client
+whose records are summed, only the whole vector has a bound: there, each query alone costs as much as all.
 
 | query | phi of a record | norm | replacing a record moves phi by |
 |---|---|---|---|
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.analytics.tree import cumulative
-from fedpriv.errors import UserError, nearest
+from fedpriv.errors import UserError, nearest, plural
 from fedpriv.tables import Record
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "Quantiles",
     "Query",
     "Seen",
+    "missing_place",
     "read_query",
     "vector_scales",
 ]
@@ -256,7 +257,7 @@ class Categories(_Asked):
         flat, start = _flat(self, inputs), int(self.column)
         values = flat[:, start : start + self.size(0)].clamp(0.0, 1.0)
         if values.shape[1] != self.size(0):
-            raise _missing(self, "column", start + self.size(0) - 1, flat.shape[1])
+            raise missing_place(self, "column", start + self.size(0) - 1, flat.shape[1])
         return Entries(torch.arange(self.size(0), device=flat.device).expand(values.shape), values)
 
     def answer(self, seen: Seen) -> Record:
@@ -295,7 +296,7 @@ class _OfColumn(_Asked):
         """Return where the values are in [low, high], from 0 to 1, `[records]`."""
         flat, place = _flat(self, inputs), int(self.column)
         if place >= flat.shape[1]:
-            raise _missing(self, "column", place, flat.shape[1])
+            raise missing_place(self, "column", place, flat.shape[1])
         column = Column(place, self.shift, self.scale)
         low, high = column.prepared(cast(float, self.low)), column.prepared(cast(float, self.high))
         return ((flat[:, place] - low) / (high - low)).clamp(0.0, 1.0)
@@ -430,7 +431,7 @@ class Moments(_Asked):
     @property
     def about(self) -> str:
         """See `Query.about`."""
-        return f"mean and variance of {len(self.columns)} columns"
+        return f"mean and variance of {len(self.columns)} {plural('column', len(self.columns))}"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -444,8 +445,9 @@ class Moments(_Asked):
         if end is None or isinstance(end, int | float):
             return (end,) * number
         if len(end) != number:
-            expected = f"one number, or one for each of {number} columns"
-            raise UserError(self.key("low and high"), expected, f"{len(end)} numbers", "Give a range of each column")
+            expected = f"one number, or one for each of {number} {plural('column', number)}"
+            got = f"{len(end)} {plural('number', len(end))}"
+            raise UserError(self.key("low and high"), expected, got, "Give a range of each column")
         return tuple(end)
 
     def resolved(self, columns: Mapping[str, Column], categories: Mapping[str, tuple[int, int]]) -> "Moments":
@@ -456,16 +458,20 @@ class Moments(_Asked):
             categories: For each declared column of categories, the place of its first input, and their number.
 
         Raises:
-            UserError: If the data set has no such column.
+            UserError: If the data set has no such column, or a column is named twice.
         """
         asked = self.columns or tuple(columns)
         if not asked:
             remedy = "Give places such as [0, 1]: this data set does not declare names of columns"
             raise UserError(self.key("columns"), "columns", "an absent key", remedy)
         found = [_column_of(self, "columns", one, columns) for one in asked]
+        places = [column.place for column in found]
+        for number, (one, place) in enumerate(zip(asked, places, strict=True)):
+            if place in places[:number]:
+                raise UserError(self.key("columns"), "different columns", f"{one!r} twice", "Give each column once")
         return replace(
             self,
-            columns=tuple(column.place for column in found),
+            columns=tuple(places),
             shifts=tuple(column.shift for column in found),
             scales=tuple(column.scale for column in found),
             names=tuple(map(str, asked)),
@@ -485,7 +491,7 @@ class Moments(_Asked):
         values = torch.nan_to_num(inputs.float()).flatten(2) if images else _flat(self, inputs)[:, :, None]
         places = [int(place) for place in self.columns]
         if max(places) >= values.shape[1]:
-            raise _missing(self, "columns", max(places), values.shape[1])
+            raise missing_place(self, "columns", max(places), values.shape[1])
         low, high = (torch.tensor(ends, device=values.device)[None, :, None] for ends in self._prepared_ranges())
         u = (2.0 * (values[:, places] - low) / (high - low) - 1.0).clamp(-1.0, 1.0)
         found = torch.cat([u.mean(dim=2), u.square().mean(dim=2) - 0.5], dim=1)
@@ -574,7 +580,8 @@ def _flat(query: _Asked, inputs: Tensor) -> Tensor:
     return torch.nan_to_num(inputs.float())
 
 
-def _missing(query: _Asked, key: str, place: int, columns: int) -> UserError:
+def missing_place(query: Query, key: str, place: int, columns: int) -> UserError:
+    """Return the error for a place beyond the inputs, of which there are `columns`."""
     return UserError(query.key(key), f"a column from 0 to {columns - 1}", place, "Give the place of a column")
 
 

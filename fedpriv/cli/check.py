@@ -24,6 +24,7 @@ def check(
     data_root: DataRoot = None,
 ) -> None:
     """Check an experiment in seconds: load everything it names and let one client compute one step."""
+    from fedpriv.errors import plural
     from fedpriv.experiment.config import load_config
     from fedpriv.experiment.dry_run import try_experiment
     from fedpriv.privacy import rounded_up
@@ -41,7 +42,8 @@ def check(
         say("privacy     none")
     else:
         rounds, most = experiment.training.rounds, "" if experiment.controller is None else "at most "
-        say(f"epsilon     {rounded_up(found.epsilon)} at delta = {found.delta:g} after {most}{rounds:,} rounds")
+        after = f"{most}{rounds:,} {plural('round', rounds)}"
+        say(f"epsilon     {rounded_up(found.epsilon)} at delta = {found.delta:g} after {after}")
     for key, source in found.sources.items():
         say(f"source      {key}: " + ", ".join(f"{part} {text[:12]}" for part, text in source.items()))
     for warning in found.warnings:

@@ -1051,6 +1051,7 @@ def _read_data(table: Table) -> DataChoice:
                 f"data.{key}", "a key with one meaning", "a key of both the data set and its partition", remedy
             )
     known = ["name", "clients", "partition", "shift", "validation", "test", *for_dataset, *for_partition, *for_shift]
+    known += [] if "standardize" in options else ["standardize"]  # load_config has replaced it
     refuse_unknown(options, known, "data")
     return DataChoice(
         dataset=read_table(dataset_kind, {k: v for k, v in options.items() if k in for_dataset}, "data"),

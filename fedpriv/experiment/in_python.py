@@ -187,6 +187,7 @@ class Experiment:
             ("augment", "apply", "fedpriv.data.augment.ImageVariants(flip=True)"),
             ("partition", "__dataclass_fields__", "fedpriv.data.partitions.Dirichlet(concentration=0.3)"),
             ("privacy", "noise_multiplier", "fedpriv.Privacy(epsilon=8.0)"),
+            ("adapter", "adapted", 'fedpriv.tasks.adapters.Lora(targets=["query"])'),
         ):
             value = getattr(self, name)
             if value is not None and (isinstance(value, type) or not hasattr(value, member)):

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from fedpriv.errors import plural
 from fedpriv.mechanisms.shares import HALF_MODULUS
 from fedpriv.privacy.plan import PrivacyPlan
 from fedpriv.privacy.records import RecordBound
@@ -440,9 +441,14 @@ def _mechanism(plan: PrivacyPlan) -> str:
         f"Mechanism: a message has l2 norm at most {plan.l2_bound:g}, so one client moves it, or a sum of messages, "
         f"by at most {plan.l2_sensitivity:g}{sampling.moved(plan.trust_rules)}. Gaussian noise of standard deviation "
         f"{plan.noise_stddev:.6g} per coordinate is added to {plan.trust_rules.noised} ({plan.noise_multiplier:.6g} "
-        f"times the sensitivity), in {plan.rounds} {sampling.turns}. {_grid(plan)} Sums are divided by "
+        f"times the sensitivity), in {plan.rounds} {_turns(plan)}. {_grid(plan)} Sums are divided by "
         f"{sampling.divisor}."
     )
+
+
+def _turns(plan: PrivacyPlan) -> str:
+    """Return the word for the plan's rounds."""
+    return plural(plan.sampling.turns.removesuffix("s"), plan.rounds)
 
 
 _FILTERED = (
@@ -523,7 +529,7 @@ def _mechanism_of_records(plan: PrivacyPlan, record: RecordBound) -> str:
         found += _RESTARTS.format(period=record.period, weighted=weighted)
     numbers |= {"clip_norm": record.clip_norm, "feedback_clip": record.feedback_clip}
     words = _ROUTES["feedback" if record.feedback_clip is not None else record.route]
-    found += " " + words.format(**numbers, turns=plan.sampling.turns)
+    found += " " + words.format(**numbers, turns=_turns(plan))
     found += _BATCHES.format(rate=terms.rate) if terms.rate < 1.0 else ""
     found += _COUNTED if plan.amplification else ""
     released = _GRID_OF_STEPS.format(grid=plan.release_grid) if record.route == "steps" else _grid(plan)

@@ -65,7 +65,8 @@ class Client:
 
     def over(self, rounds: int) -> str:
         """See `Unit.over`."""
-        return f"Unit: one client, that is, all of its data in all of its {rounds} rounds together."
+        together = "its only round" if rounds == 1 else f"all of its {rounds} rounds together"
+        return f"Unit: one client, that is, all of its data in {together}."
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,9 @@ class Example:
 
     def over(self, rounds: int) -> str:
         """See `Unit.over`."""
+        together = "the only round" if rounds == 1 else f"all of the {rounds} rounds together"
         return (
-            f"Unit: one example, that is, one row of one client's data, in all of the {rounds} rounds together. The "
+            f"Unit: one example, that is, one row of one client's data, in {together}. The "
             "adversary may know all other examples of the client. A person with several rows, or whose row is held by "
             "several clients, is protected less: the epsilons of the rows add up."
         )

@@ -10,6 +10,7 @@ import pytest
 
 from fedpriv import load_config
 from fedpriv.cli import main
+from fedpriv.cli.analyses.print_answers import print_answers
 from fedpriv.cli.print_run import print_summary
 from fedpriv.errors import UserError
 from fedpriv.experiment.run import run_experiment
@@ -93,6 +94,34 @@ def test_a_resolved_analysis_is_an_ordinary_experiment() -> None:
         ({"analysis": {"x": {"kind": "moment"}}}, r"analysis\.x\.kind: expected one of count"),
         ({"analysis": {"x": {"kind": "count"}}}, r"analysis\.x\.kind: expected analysis\.records"),
         ({"analysis": {"x": {"kind": "labels", "bins": 3}}}, r"analysis\.x\.bins: expected a known key"),
+        (
+            {"analysis": {"x": {"kind": "moments", "columns": [5, 6], **RANGE}}},
+            r"x\.columns: expected a column from 0 to 3",
+        ),
+        ({"analysis": {"x": {"kind": "moments", "columns": ["a", "a"], **RANGE}}}, r"different columns, got 'a' twice"),
+        ({"analysis": {"x": {"kind": "moments", "columns": ["a", 0], **RANGE}}}, r"different columns, got 0 twice"),
+        ({"analysis": {"x": {"kind": "quantiles", "column": 4, **RANGE}}}, r"x\.column: expected a column from 0 to 3"),
+        (
+            {"analysis": {"x": {"kind": "categories", "column": 3, "categories": 2}}},
+            r"x\.column: expected a column from 0 to 3, got 4",
+        ),
+        ({"analysis": {"x": {"kind": "categories"}}}, r"x\.column: expected the name of .*, got a missing key"),
+        (
+            {"analysis": {"x": {"kind": "moments", "colums": ["a"], **RANGE}}},
+            r"Did you mean 'columns'\? Known: columns, high, low, share\.$",
+        ),
+        (
+            {"analysis": {"x": {"kind": "moments", "columns": ["a"], "low": [0.0, 1.0], "high": 9.0}}},
+            r"for each of 1 column, got 2 numbers",
+        ),
+        (
+            {"analysis": {"x": {"kind": "moments", "columns": ["a", "b"], "low": [0.0], "high": 9.0}}},
+            r"for each of 2 columns, got 1 number\.",
+        ),
+        (
+            {"data": {"standardise": "runs/a"}},
+            r"data\.standardise: .*Did you mean 'standardize'\? Known: .*standardize",
+        ),
         ({"analysis": {"x": 3}}, r"analysis\.x: expected a table with a query"),
         ({"model": {"name": "softmax"}}, r"\[model\]: expected no such table beside \[analysis\]"),
         ({"privacy": {"examples": 3}}, r"privacy\.examples: expected no such key"),
@@ -104,6 +133,18 @@ def test_a_mistake_is_one_line_that_names_the_key(change: dict[str, Any], messag
         load_config(tables(**change))
 
 
+def test_one_round_and_one_column_are_singular(data: Path, tmp_path: Path) -> None:
+    for unit in ("client", "example"):
+        asked = tables(privacy={"unit": unit})
+        asked["analysis"] = {"scale": {"kind": "moments", "columns": ["a"], **RANGE}}
+        answers(asked, data, tmp_path / unit)
+        statement = " ".join((tmp_path / unit / "privacy.txt").read_text().split())
+        assert "mean and variance of 1 column)" in statement
+        assert "in 1 round." in statement
+        assert "only round." in statement
+        assert "1 rounds" not in statement
+
+
 def test_engines_agree_and_answers_are_those_of_the_training_examples(data: Path, tmp_path: Path) -> None:
     config = tables(privacy={"noise_multiplier": 1e-3})
     found = answers(config, data, tmp_path / "loop")
@@ -113,6 +154,8 @@ def test_engines_agree_and_answers_are_those_of_the_training_examples(data: Path
     assert found["answers"]["scale"]["mean"] == pytest.approx([4.0, 6.0], abs=0.5)  # raw units
     assert sum(found["answers"]["kinds"]["value"]) == pytest.approx(1.0, abs=1e-2)
     assert found["mu"] == pytest.approx(1e3)
+    assert found["answers"]["kinds"]["names"] == ["u", "v"]
+    assert "names" not in found["answers"]["labels"]  # the data set declares none
     statement = (tmp_path / "loop" / "privacy.txt").read_text()
     assert "Privacy statement for an analysis" in statement
     assert "scale (mean and variance of 2 columns)" in " ".join(statement.split())
@@ -368,3 +411,16 @@ def test_the_command_prints_answers_and_refuses_a_training(
         main(["analyze", "train.toml", *common])
     assert refused.value.code == 2
     assert "train with fedpriv run" in capsys.readouterr().err
+
+
+def test_rows_of_labels_and_categories_have_the_declared_names(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = tables(data={"labels": ["0", "1", "2"]}, analysis={"others": {"kind": "categories", "column": "c"}})
+    found = answers(asked, data, tmp_path / "asked")
+    assert found["answers"]["labels"]["names"] == ["0", "1", "2"]
+    assert found["answers"]["others"]["names"] == ["u", "v"]
+    print_answers(found, tmp_path)
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert ["kinds", "u"] in rows
+    assert rows[rows.index(["kinds", "u"]) + 1][0] == "v"

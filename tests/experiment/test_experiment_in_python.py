@@ -212,6 +212,7 @@ def test_a_table_that_does_not_fit_is_one_line(changes, line):
         ({"method": DPFedAvg}, "^method: expected an object such as .*, got the class DPFedAvg"),
         ({"method": "dp-fedavg"}, "^method: expected an object such as .*, got 'dp-fedavg'"),
         ({"privacy": 8.0}, "^privacy: expected an object such as .*, got 8.0"),
+        ({"adapter": "lora"}, "^adapter: expected an object such as .*, got 'lora'"),
         ({"local": LocalSteps}, "^local: expected an object such as"),
         ({"cohort": 10}, "^cohort: expected an object such as"),
         ({"rounds": -1}, r"^training\.rounds"),

@@ -61,9 +61,10 @@ def _rows(answer: Record) -> Iterator[tuple[str, str, str]]:
     elif answer["kind"] == "count":
         yield "records", _number(answer["value"]), _number(answer["standard_error"])
     else:
-        edges = answer.get("edges")
+        edges, names = answer.get("edges"), answer.get("names")
         for place, value in enumerate(answer["value"]):
-            of = str(place) if edges is None else f"{edges[place]:g} to {edges[place + 1]:g}"
+            of = names[place] if names else str(place)
+            of = of if edges is None else f"{edges[place]:g} to {edges[place + 1]:g}"
             yield of, _number(value), _number(answer["standard_error"])
 
 

@@ -1,11 +1,16 @@
 """The answers of an analysis, with standard errors of the noise and the cost of each."""
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 from torch import Tensor
 
+from fedpriv.analytics.queries import Categories, Labels, Query
 from fedpriv.analytics.statistics import Statistics
+from fedpriv.data.dataset import Declared, declared_by
 from fedpriv.experiment.analyses.answers_file import ANALYSIS_FILE
+from fedpriv.experiment.analyses.tables import columns_of
 from fedpriv.experiment.build import Experiment
 from fedpriv.mechanisms.gaussian import release_grid
 from fedpriv.privacy import PrivacyPlan
@@ -49,9 +54,15 @@ def answers_of(experiment: Experiment, vector: Tensor) -> Record | None:
     clients = experiment.server.sampling.population
     seen = model.seen(vector.double().cpu().numpy(), labels, noise_on_mean(plan), clients)
     shares, sums = model.shares(), model.records is not None
+    declared = declared_by(config.data.dataset)
     before = None if config.privacy is None else config.privacy.analyses_mu
     answers = {
-        query.name: {"kind": query.kind, **query.answer(seen[query.name]), **_cost(plan, shares[query.name], sums)}
+        query.name: {
+            "kind": query.kind,
+            **_names(query, declared, labels),
+            **query.answer(seen[query.name]),
+            **_cost(plan, shares[query.name], sums),
+        }
         for query in model.asked
     }
     return {
@@ -64,6 +75,18 @@ def answers_of(experiment: Experiment, vector: Tensor) -> Record | None:
         "analyses": None if config.privacy is None else config.privacy.analyses,
         "answers": answers,
     }
+
+
+def _names(query: Query, declared: Declared, labels: int) -> Record:
+    """Return the names of the bins of a histogram of labels or categories, as far as the data set declares them."""
+    names: Sequence[str] = ()
+    if isinstance(query, Labels):
+        names = declared.class_names or ()
+    elif isinstance(query, Categories) and declared.columns is not None:
+        listed = cast(Mapping[str, list[str]], declared.columns["categories"])
+        at = {place: listed[name] for name, (place, _) in columns_of(declared)[1].items()}
+        names = at.get(int(query.column), ())
+    return {"names": list(names)} if names and len(names) == query.size(labels) else {}
 
 
 def _promise(plan: PrivacyPlan | None, before: float) -> Record:

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import cast
 
-from fedpriv.analytics.queries import KINDS, Column, Count, Moments, Query, read_query
+from fedpriv.analytics.queries import KINDS, Categories, Column, Count, Moments, Query, missing_place, read_query
 from fedpriv.analytics.statistics import Statistics
 from fedpriv.checks import folder_name, positive_int
 from fedpriv.data.dataset import Declared
 from fedpriv.errors import UserError, nearest
-from fedpriv.experiment.schema import read_table, write_table
+from fedpriv.experiment.schema import field_names, read_table, refuse_unknown, write_table
 from fedpriv.tables import Table
 
 __all__ = ["as_experiment", "columns_of"]
@@ -17,6 +17,7 @@ __all__ = ["as_experiment", "columns_of"]
 _SET = ("model", "task", "local", "method", "server", "adaptive", "training", "evaluation", "augment", "noise")
 _SET += ("controller", "devices", "schedule")
 _OWN = ("label_kind", "records")
+_SET_BY_DATA = ("shift", "scale", "shifts", "scales", "names", "counted")
 _PRIVACY = ("example_clip", "example_normalization", "examples", "metrics_share", "metrics_max_loss")
 
 
@@ -109,9 +110,13 @@ def _read_queries(tables: Table) -> list[Query]:
         if not isinstance(kind, str) or kind not in KINDS:
             got = "a missing key" if kind is None else repr(kind)
             raise UserError(f"{where}.kind", f"one of {', '.join(KINDS)}", got, nearest(str(kind), KINDS))
-        for key in ("shift", "scale", "shifts", "scales", "names", "counted"):
+        for key in _SET_BY_DATA:
             if key in options:
                 raise UserError(f"{where}.{key}", "no such key", repr(options[key]), "Remove it: the data set sets it")
+        refuse_unknown(options, field_names(KINDS[kind], ("name", *_SET_BY_DATA)), where)
+        if KINDS[kind] is Categories and "column" not in options and "categories" not in options:
+            remedy = f"Add column to [{where}]"
+            raise UserError(f"{where}.column", "the name of a column of data.categories", "a missing key", remedy)
         found.append(read_table(KINDS[kind], options, where, name=name))
     return found
 
@@ -120,9 +125,22 @@ def _resolved(query: Query, declared: Declared, *, counted: bool) -> Query:
     columns, categories = columns_of(declared)
     resolve = getattr(query, "resolved", None)
     found: Query = query if resolve is None else resolve(columns, categories)
+    _refuse_places(found, None if declared.columns is None else len(columns) + sum(n for _, n in categories.values()))
     if isinstance(found, Moments) and counted:
         found = read_query({"kind": found.kind, **write_table(found), "counted": True})
     return found
+
+
+def _refuse_places(query: Query, inputs: int | None) -> None:
+    """Raise UserError for a place beyond the inputs of a table; of other data, the number is known once they load."""
+    if inputs is None:
+        return
+    for key in ("column", "columns"):
+        asked = getattr(query, key, ())
+        last = max(map(int, asked if isinstance(asked, tuple) else (asked,)), default=0)
+        last += max((getattr(query, "categories", None) or 1) - 1, 0)
+        if last >= inputs:
+            raise missing_place(query, key, last, inputs)
 
 
 def _privacy(given: object, records: object) -> object:

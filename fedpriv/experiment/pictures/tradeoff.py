@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedpriv.errors import UserError, require_extra
+from fedpriv.errors import UserError, plural, require_extra
 from fedpriv.privacy import PrivacyPlan, rounded_up
 from fedpriv.privacy.gaussian import gaussian_tradeoff
 
@@ -91,7 +91,8 @@ def plot_trade_off(plan: PrivacyPlan | None, path: Path, name: str) -> None:
 
 def _title(plan: PrivacyPlan, name: str) -> str:
     promise = f"epsilon {rounded_up(plan.epsilon)} at delta {plan.delta:g}, {plan.adjacency}"
-    return f"{name}: detecting one client's data\ntrust {plan.trust}, {promise}, {plan.rounds} rounds"
+    rounds = f"{plan.rounds} {plural('round', plan.rounds)}"
+    return f"{name}: detecting one client's data\ntrust {plan.trust}, {promise}, {rounds}"
 
 
 def _label(plan: PrivacyPlan) -> str:

@@ -61,6 +61,9 @@ class Head:
     rotates: ClassVar[bool] = False
     train: list[str] | None = None
 
+    def __post_init__(self) -> None:
+        _require_names("adapter.train", self.train)
+
     def adapted(self, module: nn.Module, input_shape: Sequence[int], seed: int) -> AdaptedModule:
         """See `Adapter.adapted`."""
         module.requires_grad_(False)
@@ -76,7 +79,7 @@ class Lora:
     Args:
         targets: Names of the Linear and Conv layers that get adapters, or the last parts of their names: `query` stands
             for all layers with this name.
-        rank: Number of rows of A.
+        rank: Number of rows of A; at most the number of inputs, and of outputs, of each target.
         alpha: Adapters are multiplied by alpha / rank.
         train: See `Head`.
 
@@ -93,6 +96,8 @@ class Lora:
     def __post_init__(self) -> None:
         positive_int("adapter.rank", self.rank)
         require_representable("adapter.alpha", self.alpha)
+        _require_names("adapter.targets", self.targets)
+        _require_names("adapter.train", self.train)
         if not self.targets:
             remedy = 'Name layers such as ["query", "value"], or set adapter.kind = "head"'
             raise UserError("adapter.targets", "names of layers", "an empty list", remedy)
@@ -104,6 +109,7 @@ class Lora:
             if any(f"{name}.".startswith(f"{each}.") for each in whole):
                 got, remedy = repr(name), "Name it in adapter.targets or in adapter.train"
                 raise UserError("adapter.targets", "layers that are not trained as a whole", got, remedy)
+        self._refuse_rank(module, names)
         module.requires_grad_(False)
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(seed)
@@ -113,6 +119,16 @@ class Lora:
         for name in whole:
             module.get_submodule(name).requires_grad_(True)
         return AdaptedModule(module, input_shape)
+
+    def _refuse_rank(self, module: nn.Module, names: Sequence[str]) -> None:
+        """Raise UserError if the rank exceeds a side of a layer's weight, beyond which B A gains no rank."""
+        for name in names:
+            weight = cast(nn.Linear, module.get_submodule(name)).weight
+            sides = {"inputs": weight[0].numel(), "outputs": len(weight)}
+            side = min(sides, key=lambda key: sides[key])
+            if self.rank > sides[side]:
+                expected = f"at most {sides[side]}, the number of {side} of {name!r}"
+                raise UserError("adapter.rank", expected, self.rank, "Lower it, or name other targets")
 
     @property
     def _trains_a(self) -> bool:
@@ -157,7 +173,7 @@ class FedSvd(FfaLora):
 
     Args:
         targets: See `Lora`.
-        rank: See `Lora`; at most the number of inputs of each layer.
+        rank: See `Lora`.
         alpha: See `Lora`.
         train: See `Head`.
     """
@@ -166,11 +182,8 @@ class FedSvd(FfaLora):
 
     def _inject(self, module: nn.Module, names: Sequence[str]) -> None:
         super()._inject(module, names)
-        for name, layer in lora_layers(module).items():
+        for layer in lora_layers(module).values():
             weight = lora_weight(layer, "lora_A")
-            if self.rank > weight[0].numel():
-                expected = f"at most {weight[0].numel()}, the number of inputs of {name!r}"
-                raise UserError("adapter.rank", expected, self.rank, "Lower it, or name other targets")
             with torch.no_grad():
                 weight.copy_(orthonormal_rows(weight))
 
@@ -190,6 +203,12 @@ def _targeted(module: nn.Module, targets: Sequence[str]) -> list[str]:
             got, known = repr(target), sorted({name.rpartition(".")[2] for name in names})
             raise UserError("adapter.targets", "the name of a Linear or Conv layer", got, nearest(target, known))
     return [name for name in names if any(_ends_with(name, target) for target in targets)]
+
+
+def _require_names(key: str, names: object) -> None:
+    """Raise UserError for one name in place of a list: its letters would count as names."""
+    if isinstance(names, str):
+        raise UserError(key, "a list of names of layers", repr(names), f"Write [{names!r}]")
 
 
 def _ends_with(name: str, target: str) -> bool:
