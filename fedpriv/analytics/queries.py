@@ -257,7 +257,7 @@ class Categories(_Asked):
         flat, start = _flat(self, inputs), int(self.column)
         values = flat[:, start : start + self.size(0)].clamp(0.0, 1.0)
         if values.shape[1] != self.size(0):
-            raise missing_place(self, "column", start + self.size(0) - 1, flat.shape[1])
+            raise missing_place(self.key("column"), start + self.size(0) - 1, flat.shape[1])
         return Entries(torch.arange(self.size(0), device=flat.device).expand(values.shape), values)
 
     def answer(self, seen: Seen) -> Record:
@@ -296,7 +296,7 @@ class _OfColumn(_Asked):
         """Return where the values are in [low, high], from 0 to 1, `[records]`."""
         flat, place = _flat(self, inputs), int(self.column)
         if place >= flat.shape[1]:
-            raise missing_place(self, "column", place, flat.shape[1])
+            raise missing_place(self.key("column"), place, flat.shape[1])
         column = Column(place, self.shift, self.scale)
         low, high = column.prepared(cast(float, self.low)), column.prepared(cast(float, self.high))
         return ((flat[:, place] - low) / (high - low)).clamp(0.0, 1.0)
@@ -491,7 +491,7 @@ class Moments(_Asked):
         values = torch.nan_to_num(inputs.float()).flatten(2) if images else _flat(self, inputs)[:, :, None]
         places = [int(place) for place in self.columns]
         if max(places) >= values.shape[1]:
-            raise missing_place(self, "columns", max(places), values.shape[1])
+            raise missing_place(self.key("columns"), max(places), values.shape[1])
         low, high = (torch.tensor(ends, device=values.device)[None, :, None] for ends in self._prepared_ranges())
         u = (2.0 * (values[:, places] - low) / (high - low) - 1.0).clamp(-1.0, 1.0)
         found = torch.cat([u.mean(dim=2), u.square().mean(dim=2) - 0.5], dim=1)
@@ -580,9 +580,9 @@ def _flat(query: _Asked, inputs: Tensor) -> Tensor:
     return torch.nan_to_num(inputs.float())
 
 
-def missing_place(query: Query, key: str, place: int, columns: int) -> UserError:
+def missing_place(where: str, place: int, columns: int) -> UserError:
     """Return the error for a place beyond the inputs, of which there are `columns`."""
-    return UserError(query.key(key), f"a column from 0 to {columns - 1}", place, "Give the place of a column")
+    return UserError(where, f"a column from 0 to {columns - 1}", place, "Give the place of a column")
 
 
 def _column_of(query: _Asked, key: str, asked: str | int, columns: Mapping[str, Column]) -> Column:

@@ -140,7 +140,7 @@ def _refuse_places(query: Query, inputs: int | None) -> None:
         last = max(map(int, asked if isinstance(asked, tuple) else (asked,)), default=0)
         last += max((getattr(query, "categories", None) or 1) - 1, 0)
         if last >= inputs:
-            raise missing_place(query, key, last, inputs)
+            raise missing_place(query.key(key), last, inputs)
 
 
 def _privacy(given: object, records: object) -> object:
