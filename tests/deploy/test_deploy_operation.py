@@ -36,7 +36,8 @@ KEYS = {"time", "level", "source", "name", "message"}
 NOW = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 
 OUTPUT = b"""\x1b[92mINFO \x1b[0m:      Starting Flower SuperLink
-INFO:     Uvicorn running on https://127.0.0.1:9092
+2026-11-29T15:59:10.772Z INFO [uvicorn.error] Uvicorn running on https://127.0.0.1:9092
+2026-11-29T15:59:11.000Z \x1b[31mERROR\x1b[0m [uvicorn.error] Exception in ASGI application
 \x1b[93mWARNING \x1b[0m:   turn 2: client 1 refuses (budget): epsilon
     continued
 fedpriv: the server's certificate ends in 3 days
@@ -59,7 +60,8 @@ def test_every_event_is_one_json_object_with_the_same_keys_and_a_time() -> None:
         assert abs((datetime.datetime.now(datetime.UTC) - at).total_seconds()) < 60
     assert [(event["level"], event["message"]) for event in events] == [
         ("info", "Starting Flower SuperLink"),
-        ("info", "Uvicorn running on https://127.0.0.1:9092"),
+        ("info", "[uvicorn.error] Uvicorn running on https://127.0.0.1:9092"),
+        ("error", "[uvicorn.error] Exception in ASGI application"),
         ("warning", "turn 2: client 1 refuses (budget): epsilon\n    continued"),
         ("warning", "the server's certificate ends in 3 days"),
         ("info", "a line that is no record"),
@@ -273,6 +275,7 @@ def test_nothing_in_a_compose_file_is_left_to_fill_in(composed: Path) -> None:
         assert re.findall(r"\$", json.dumps(values).replace("${FEDPRIV_USER:?", "")) == [], path
 
 
+@pytest.mark.slow
 def test_the_entry_points_of_the_images_run_report_and_are_healthy(tmp_path: Path) -> None:
     """Runs the commands of the containers of a server and a node, with the mounted folder's own path."""
     party = Loopback(tmp_path / "d", nodes=1, seeded=False)
