@@ -11,11 +11,12 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 import yaml
 from deploy_names import HOST
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from loopback import FEDPRIV, Loopback, free_port, wait_until
 from test_deploy_member import ask, policy, turn
 
@@ -26,7 +27,7 @@ from fedpriv.deploy.operate import json_lines
 from fedpriv.deploy.operate.expiry import Ending, endings, warnings
 from fedpriv.deploy.operate.health import health
 from fedpriv.deploy.operate.metrics import NodeBudget, node_budgets, serve_metrics
-from fedpriv.deploy.operate.tally import Counts, Tally, all_counts
+from fedpriv.deploy.operate.tally import Counts, Tally, all_counts, bytes_of
 from fedpriv.deploy.setup.compose import metrics_port
 from fedpriv.deploy.setup.provision import Deployment, add_nodes, init_deployment
 from fedpriv.errors import UserError
@@ -92,7 +93,7 @@ def test_the_ends_are_those_in_the_files(made: Path) -> None:
 
 def turns(tally: Tally) -> None:
     tally.sent([RecordDict({"a": ConfigRecord({"b": b"x" * 100})})])
-    tally.received([RecordDict({"a": ConfigRecord({"b": b"x" * 10})})])
+    tally.received([RecordDict({"a": ConfigRecord({"b": b"x" * 10, "none": "", "nothing": []})})])
     tally.turn("applied", 2.5, 3.0, {"answers": 3, "unusable": 1, "missing": 2, "refusals": ["budget", "budget"]})
     tally.turn("too few", 1.5, 2.0, {"answers": 1, "unusable": 0, "missing": 5, "refusals": ["policy"]})
 
@@ -151,6 +152,14 @@ def test_a_run_whose_counts_cannot_be_read_or_written_goes_on(tmp_path: Path, mo
     monkeypatch.setattr("fedpriv.deploy.operate.tally.write_atomically", fails)
     turns(counted)
     assert counted.counts.answers == 4
+
+
+def test_the_size_of_a_message_is_that_of_its_names_and_values() -> None:
+    """Nodes may send empty values, and lists of any kind."""
+    arrays = ArrayRecord({"w": Array(np.zeros(4))})
+    values = ConfigRecord({"a": "", "b": [], "c": True, "d": [b"", b"xyz"], "e": 2.0})
+    assert bytes_of(RecordDict({"a": values, "m": MetricRecord({"f": [1, 2], "g": 3})})) == 5 + 1 + 3 + 8 + 2 + 24
+    assert bytes_of(RecordDict({"a": arrays})) == 1 + len(arrays["w"].data)
 
 
 def fails(*_: Any) -> None:
