@@ -26,7 +26,7 @@ from fedpriv.deploy.operate import json_lines
 from fedpriv.deploy.operate.expiry import Ending, endings, warnings
 from fedpriv.deploy.operate.health import health
 from fedpriv.deploy.operate.metrics import NodeBudget, node_budgets, serve_metrics
-from fedpriv.deploy.operate.tally import Counts, Tally, all_counts
+from fedpriv.deploy.operate.tally import Counts, Tally, all_counts, bytes_of
 from fedpriv.deploy.setup.compose import metrics_port
 from fedpriv.deploy.setup.provision import Deployment, add_nodes, init_deployment
 from fedpriv.errors import UserError
@@ -104,6 +104,12 @@ def shown(port: int) -> dict[str, float]:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
         lines = [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def test_sizes_of_messages_include_empty_texts_and_lists() -> None:
+    values = {"text": "", "other": "ab", "list": [], "numbers": [1.0, 2.0], "flag": True, "bytes": b"abc"}
+    content = RecordDict({"a": ConfigRecord(values), "b": ConfigRecord({})})
+    assert bytes_of(content) == len("".join(values)) + 2 + 16 + 1 + 3
 
 
 def test_metrics_of_a_run_are_its_counts_also_after_a_resumption(

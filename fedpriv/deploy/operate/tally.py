@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, RecordDict
 
 from fedpriv.files import write_atomically
 
@@ -139,7 +139,20 @@ def all_counts(home: Path) -> list[Counts]:
 
 def bytes_of(content: RecordDict) -> int:
     """Return the size of a message's records in bytes."""
-    return sum(record.count_bytes() for record in content.values())
+    return sum(
+        _config_bytes(record) if isinstance(record, ConfigRecord) else record.count_bytes()
+        for record in content.values()
+    )
+
+
+def _config_bytes(record: ConfigRecord) -> int:
+    """Return the size of keys and values, as Flower counts them; Flower refuses empty texts and empty lists."""
+    total = 0
+    for key, value in record.items():
+        total += len(key)
+        for one in value if isinstance(value, list) else [value]:
+            total += len(one) if isinstance(one, str | bytes) else 1 if isinstance(one, bool) else 8
+    return total
 
 
 def _age(path: Path) -> float:
