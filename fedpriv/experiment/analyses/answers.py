@@ -64,7 +64,7 @@ def answers_of(experiment: Experiment, vector: Tensor) -> Record | None:
     }
 
 
-def _promise(plan: PrivacyPlan | None) -> Record:
+def _promise(plan: PrivacyPlan | None) -> dict[str, object]:
     """Return the promise to all answers together, and the noise multiplier for compositions."""
     if plan is None:
         absent = ("epsilon", "delta", "unit", "trust", "adjacency", "mu")
@@ -82,7 +82,7 @@ def _promise(plan: PrivacyPlan | None) -> Record:
     }
 
 
-def _cost(plan: PrivacyPlan | None, share: float) -> Record:
+def _cost(plan: PrivacyPlan | None, share: float) -> dict[str, object]:
     """Return the epsilon of one answer alone. The answers together cost less than the sum."""
     if plan is None or plan.noise_multiplier == 0.0 or share == 0.0:
         return {"share": share, "epsilon_alone": None}
