@@ -10,9 +10,10 @@ import pytest
 
 from fedpriv import load_config
 from fedpriv.cli import main
+from fedpriv.cli.print_run import print_summary
 from fedpriv.errors import UserError
 from fedpriv.experiment.run import run_experiment
-from fedpriv.privacy import Everyone, Poisson, PrivacyPlan, make_plan
+from fedpriv.privacy import Everyone, Poisson, PrivacyPlan, make_plan, rounded_up
 from fedpriv.privacy.gaussian import gaussian_epsilon
 from fedpriv.report.spent import spent_below
 
@@ -159,7 +160,9 @@ def test_the_costs_of_single_answers_compose_to_that_of_all(data: Path, tmp_path
     assert found["epsilon"] == pytest.approx(gaussian_epsilon(1.0, 1e-5))
 
 
-def test_a_training_takes_its_constants_and_adds_up_both_costs(data: Path, tmp_path: Path) -> None:
+def test_a_training_takes_its_constants_and_adds_up_both_costs(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = answers(tables(), data, tmp_path / "runs" / "asked")
     config = load_config(without_none(training(tmp_path / "runs" / "asked")))
     assert config.tables["data"]["numeric"] == {
@@ -172,7 +175,14 @@ def test_a_training_takes_its_constants_and_adds_up_both_costs(data: Path, tmp_p
     together = math.sqrt(1.0 + 3.0 / 4.0)
     assert record["with_analyses"]["epsilon"] == pytest.approx(gaussian_epsilon(together, 1e-5))
     assert record["with_analyses"]["adversary"] == record["adversary"]
-    assert "the analysis asked" in " ".join(record["statement"].split())
+    first = " ".join(record["statement"].partition("Adversary:")[0].split())  # not after the list of files
+    assert "before this run, the same clients answered the analysis asked" in first
+    capsys.readouterr()
+    print_summary(
+        json.loads((tmp_path / "runs" / "trained" / "summary.json").read_text()), tmp_path / "runs" / "trained"
+    )
+    quote = rounded_up(gaussian_epsilon(together, 1e-5))
+    assert f"quote       {quote}, which includes the analysis asked" in capsys.readouterr().out
     (group,) = spent_below(tmp_path / "runs")  # the same clients, although the constants differ
     assert group.total.epsilon == pytest.approx(record["with_analyses"]["epsilon"])
 
@@ -287,7 +297,7 @@ def test_large_costs_of_analyses_are_never_rounded_down() -> None:
 
 
 def test_a_folder_without_answers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Run fedpriv analyze first"):
+    with pytest.raises(UserError, match=r"No such file or directory\. Run fedpriv analyze first"):
         load_config(without_none(training(tmp_path)))
 
 
@@ -344,6 +354,13 @@ def test_the_command_prints_answers_and_refuses_a_training(
     with pytest.raises(SystemExit):
         main(["analyze", "ask.toml", *common, "--resume", "--json"])
     assert json.loads(capsys.readouterr().out)["answers"]["scale"]["kind"] == "moments"
+    with pytest.raises(SystemExit):
+        main(["check", "ask.toml", "--data-root", str(data)])
+    assert "fedpriv analyze ask.toml" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as unreported:
+        main(["report", "runs/asked"])
+    assert unreported.value.code == 2
+    assert "analyses alone" in capsys.readouterr().err
     trained = {**tables(), "model": {"name": "softmax"}, "method": {"name": "dp-gd"}, "training": {"rounds": 1}}
     del trained["analysis"]
     (tmp_path / "train.toml").write_text(tomli_w.dumps(trained))

@@ -48,9 +48,10 @@ def _read(path: Path) -> Record:
         if found["mu"] is not None:
             _check_promise(found)
     except (OSError, ValueError, KeyError, TypeError, UserError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error).rstrip(".")
         remedy = "Run fedpriv analyze first, and give its run directory"
         raise UserError(
-            "data.standardize", f"a run directory with {ANALYSIS_FILE}", f"{path}: {str(error).rstrip('.')}", remedy
+            "data.standardize", f"a run directory with {ANALYSIS_FILE}", f"{path}: {reason}", remedy
         ) from None
     return found
 
