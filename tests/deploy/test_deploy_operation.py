@@ -109,6 +109,12 @@ def shown(port: int) -> dict[str, float]:
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 
+def test_sizes_of_messages_include_empty_texts_and_lists() -> None:
+    values = {"text": "", "other": "ab", "list": [], "numbers": [1.0, 2.0], "flag": True, "bytes": b"abc"}
+    content = RecordDict({"a": ConfigRecord(values), "b": ConfigRecord({})})
+    assert bytes_of(content) == len("".join(values)) + 2 + 16 + 1 + 3
+
+
 def test_metrics_of_a_run_are_its_counts_also_after_a_resumption(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
