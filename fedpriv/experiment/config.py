@@ -185,7 +185,7 @@ class PrivacyChoice:
             reported with noise; see `fedpriv.methods.side_values`. None for no such report.
         metrics_max_loss: The largest loss of a client that counts there; None for 5.
         draw: The number of a trial of a tuning, which decides noise and cohorts alone. None for other runs.
-        analyses: Names of the analyses of the same clients whose answers the run uses; `data.standardize` sets them.
+        analyses: Names of earlier analyses of the same clients. The run uses their answers; see `data.standardize`.
         analyses_mu: Together they are one Gaussian mechanism with this mu, under the run's adjacency.
 
     Raises:

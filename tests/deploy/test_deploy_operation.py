@@ -207,7 +207,7 @@ def test_a_node_is_healthy_while_it_runs_and_hears_from_the_server(deployment: P
         assert health(node) == "the server answered 0 s ago"
         long_ago = time.time() - 100
         os.utime(node / "flower" / "alive", (long_ago, long_ago))
-        with pytest.raises(UserError, match="none for 100 s"):
+        with pytest.raises(UserError, match="silence for 100 s"):
             health(node)
 
 

@@ -66,7 +66,7 @@ def answers_of(experiment: Experiment, vector: Tensor) -> Record | None:
     }
 
 
-def _promise(plan: PrivacyPlan | None, before: float) -> Record:
+def _promise(plan: PrivacyPlan | None, before: float) -> dict[str, object]:
     """Return the promise to all answers together, and for compositions mu, which includes `before` of analyses before.
 
     Sampling is not credited in mu.
@@ -88,7 +88,7 @@ def _promise(plan: PrivacyPlan | None, before: float) -> Record:
     }
 
 
-def _cost(plan: PrivacyPlan | None, share: float, sums: bool) -> Record:
+def _cost(plan: PrivacyPlan | None, share: float, sums: bool) -> dict[str, object]:
     """Return the epsilon of one answer alone. The answers together cost less than the sum.
 
     A client's sum over records is only bounded as a whole: with many records, one answer may have all of its length.

@@ -90,7 +90,7 @@ def _constants(data: Table, moments: Mapping[str, tuple[float, float]], folder: 
         for column in moments:
             if column not in numeric:
                 remedy = nearest(column, list(map(str, numeric)))
-                raise UserError("data.numeric", f"the columns of {folder}", f"no {column}", remedy)
+                raise UserError("data.numeric", f"the columns of {folder}", f"a table without {column}", remedy)
         return {"numeric": {**numeric, **{column: list(pair) for column, pair in moments.items()}}}
     if sorted(moments) != sorted(map(str, range(len(moments)))):
         remedy = "Ask about all columns of the arrays, or all channels"

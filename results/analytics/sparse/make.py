@@ -1,4 +1,4 @@
-"""Errors of sparse linear regression under local privacy; writes the tables and the figure of this page.
+"""Errors of sparse linear regression under local privacy; writes the tables and the plot of this page.
 
     python results/analytics/sparse/make.py --data-root /tmp/data        about a minute of CPU
 
