@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fedpriv import torchvision_import
+from fedpriv.errors import UserError as UserError
 from fedpriv.errors import require_extra
 from fedpriv.version import __version__ as __version__
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Experiment",
     "Privacy",
+    "UserError",
     "export_model",
     "load_config",
     "load_model",

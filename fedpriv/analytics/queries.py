@@ -2,7 +2,8 @@
 
 Each query describes a record by a few entries (place, value) of a vector phi with norm at most `norm`. An analysis
 joins the queries to one vector of norm at most 1: query j is multiplied by sqrt(share_j) / norm_j, and the shares sum
-to 1. One Gaussian mechanism then answers all of them, and query j alone costs sqrt(share_j) of its mu.
+to 1. One Gaussian mechanism then answers all of them, and query j alone costs sqrt(share_j) of its mu. Of a client whose
+records are summed, only the whole vector has a bound: there, each query alone costs as much as all.
 
 | query | phi of a record | norm | replacing a record moves phi by |
 |---|---|---|---|
@@ -555,7 +556,7 @@ def vector_scales(queries: Sequence[Query]) -> list[float]:
     given = math.fsum(query.share or 0.0 for query in queries)
     open_ = sum(query.share is None for query in queries)
     if given > 1.0 + 1e-9 or (open_ and given > 1.0 - 1e-9):
-        raise UserError("analysis.share", "shares of at most 1 in total", f"{given:g}", "Lower some of them")
+        raise UserError("analysis.NAME.share", "shares of at most 1 in total", f"{given:g}", "Lower some of them")
     rest = (1.0 - given) / open_ if open_ else 0.0
     return [math.sqrt(rest if query.share is None else query.share) / query.norm() for query in queries]
 
@@ -591,9 +592,7 @@ def _column_of(query: _Asked, key: str, asked: str | int, columns: Mapping[str, 
 def _check_range(query: _Asked, low: float | None, high: float | None) -> None:
     if low is None or high is None:
         key = query.key("low" if low is None else "high")
-        remedy = "Declare a public range, from knowledge or from a histogram of a wide range: a bound needs one"
+        remedy = "Give a public range; if you do not know one, ask for a histogram over a wide range first"
         raise UserError(key, "the range of the values", "an absent key", remedy)
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise UserError(
-            query.key("high"), f"finite numbers with low below high, not {low:g}", high, "Correct the range"
-        )
+        raise UserError(query.key("high"), f"a finite number above low = {low:g}", f"{high:g}", "Correct the range")

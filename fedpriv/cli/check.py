@@ -46,5 +46,6 @@ def check(
         say(f"source      {key}: " + ", ".join(f"{part} {text[:12]}" for part, text in source.items()))
     for warning in found.warnings:
         say(f"warning     {warning}", error=True)
-    again = ["fedpriv", "run", str(config), *(part for setting in settings or () for part in ("-s", setting))]
+    command = "run" if experiment.learns else "analyze"
+    again = ["fedpriv", command, str(config), *(part for setting in settings or () for part in ("-s", setting))]
     say(f"next        {shlex.join(again)}")

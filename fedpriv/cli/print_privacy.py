@@ -14,7 +14,15 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.build import assemble_clients, make_federation, plan_of, sampling_of
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.run_directory import jsonable
-from fedpriv.privacy import NOT_PROMISED, Simulated, noise_against_signal, privacy_statement, rounded_up, with_analyses
+from fedpriv.privacy import (
+    NOT_PROMISED,
+    Simulated,
+    noise_against_signal,
+    privacy_statement,
+    quoted,
+    rounded_up,
+    with_analyses,
+)
 from fedpriv.privacy.own_sizes import of_sizes, sizes_in_words
 from fedpriv.rounds import make_agreement
 from fedpriv.streams import SeededStreams
@@ -64,7 +72,7 @@ def print_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
             data=experiment.facts,
             recorded=True,
         )
-        say(statement + sizes_in_words(by_client) + paragraph, paragraphs=True)
+        say(quoted(statement, paragraph) + sizes_in_words(by_client), paragraphs=True)
         if plot is not None:
             say(f"picture     {plot}")
 

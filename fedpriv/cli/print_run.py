@@ -30,6 +30,10 @@ def print_summary(summary: Record, directory: Path) -> None:
         if "epsilon_spent" in summary:
             done = f"{summary['rounds']:,} of at most {summary['rounds_planned']:,} rounds"
             promise += f"\nspent       {rounded_up(summary['epsilon_spent'])} of it in {done}"
+        together = (RunDirectory(directory).read_json("privacy.json") or {}).get("with_analyses")
+        if together is not None:
+            names = " and ".join(together["analyses"])
+            promise += f"\nquote       {rounded_up(together['epsilon'])}, which includes {names}"
         promise += f"\nadversary   {summary['adversary']}"
     else:
         promise = "none: this run is not private"

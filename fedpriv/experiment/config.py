@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import tomli_w
 
@@ -665,13 +665,12 @@ def _with_names(tables: Table, change: Callable[[object], object]) -> dict[str, 
 
 
 def apply_settings(tables: Table, settings: Sequence[str]) -> dict[str, object]:
-    """Return a copy of `tables` with each `table.key=value` applied."""
-    changed = dict(tables)
-    changed |= {key: dict(value) for key, value in tables.items() if isinstance(value, dict)}
+    """Return a copy of `tables` with each `table.key=value` applied; tables within tables add more dots."""
+    changed = _copied(tables)
     for setting in settings:
         address, equals, value = setting.partition("=")
         parts = address.strip().split(".")
-        if not equals or len(parts) > 2 or not all(parts):
+        if not equals or not all(parts):
             raise UserError(
                 f"-s {setting}", "table.key=value", repr(setting), "Write, for example, -s training.rounds=20"
             )
@@ -679,10 +678,19 @@ def apply_settings(tables: Table, settings: Sequence[str]) -> dict[str, object]:
     return changed
 
 
+def _copied(tables: Table) -> dict[str, object]:
+    """Return a copy of the tables, at all depths, that shares other values."""
+    return {key: _copied(cast(Table, value)) if isinstance(value, dict) else value for key, value in tables.items()}
+
+
 def _put(tables: dict[str, object], parts: list[str], value: str) -> None:
-    place: object = tables if len(parts) == 1 else tables.setdefault(parts[0], {})
-    if not isinstance(place, dict):
-        raise UserError(".".join(parts), "a table", f"the key {parts[0]}", f"Use -s {parts[0]}=value")
+    place = tables
+    for depth, part in enumerate(parts[:-1], start=1):
+        inner = place.setdefault(part, {})
+        if not isinstance(inner, dict):
+            name = ".".join(parts[:depth])
+            raise UserError(".".join(parts), "a table", f"the key {name}", f"Use -s {name}=value")
+        place = cast(dict[str, object], inner)
     if value:
         place[parts[-1]] = _toml_value(value)
     else:
@@ -704,7 +712,7 @@ def parse_config(tables: Table) -> Config:
         raise UserError("base", "an experiment", "a sweep", "Use fedpriv sweep")
     if "analysis" in tables:
         tables = as_experiment(tables, declared_by(_read_data(_table("data", tables.get("data", {}))).dataset))
-    refuse_unknown(tables, ["name", "seed", *TABLES], "")
+    refuse_unknown(tables, ["name", "seed", "analysis", *TABLES], "")
     given = {name: _table(name, tables[name]) for name in TABLES if name in tables}
     top = read_table(_Top, {key: tables[key] for key in ("name", "seed") if key in tables}, "")
     data = _read_data(_need(given, "data"))

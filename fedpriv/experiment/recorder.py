@@ -38,6 +38,7 @@ from fedpriv.privacy import (
     PrivacyPlan,
     Simulated,
     privacy_statement,
+    quoted,
     rounded_up,
     signal_warning,
     with_analyses,
@@ -175,7 +176,7 @@ class Recorder:
             statement += sizes_in_words(by_client)
         if choice is not None:
             together, paragraph = with_analyses(plan, choice.analyses, choice.analyses_mu)
-            promise, statement = promise | together, statement + paragraph
+            promise, statement = promise | together, quoted(statement, paragraph)
         used = {} if spent is None else {"spent": spent}
         self.directory.write_json("privacy.json", {**promise, **used, "statement": statement})
         self.directory.write_text("privacy.txt", statement)

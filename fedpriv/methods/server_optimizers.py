@@ -237,10 +237,9 @@ class ServerOptimized(AroundMethod[ClientStateT]):
     def __post_init__(self) -> None:
         inner = self.method.client_part
         if isinstance(inner, Constrained):
-            expected = f"no such table with a method that steps into {inner.steps_into}"
-            raise UserError(
-                "[server]", expected, type(self.optimizer).__name__, "Remove [server]: its steps leave them"
-            )
+            expected = f"no such table with a method that keeps to {inner.steps_into}"
+            remedy = "Remove [server]: an optimizer's steps lead to other models"
+            raise UserError("[server]", expected, type(self.optimizer).__name__, remedy)
 
     @property
     def client_part(self) -> Method[ClientStateT]:

@@ -7,7 +7,7 @@ from fedpriv.privacy.reading import read_plan
 from fedpriv.privacy.records import ExampleTerms, RecordBound
 from fedpriv.privacy.released import DataFacts
 from fedpriv.privacy.sampling import SAMPLINGS, Everyone, FixedSize, Poisson, Sampling, Scheduled, Separated
-from fedpriv.privacy.statement import Simulated, files_in_words, privacy_statement, rounded_up, with_analyses
+from fedpriv.privacy.statement import Simulated, files_in_words, privacy_statement, quoted, rounded_up, with_analyses
 from fedpriv.privacy.trust import (
     TRUSTS,
     Aggregator,
@@ -62,6 +62,7 @@ __all__ = [
     "make_plan",
     "noise_against_signal",
     "privacy_statement",
+    "quoted",
     "read_plan",
     "rounded_up",
     "signal_warning",

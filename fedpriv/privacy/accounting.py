@@ -73,6 +73,9 @@ MAX_HIDING_NOISE = 1e6
 MAX_TARGET = 1e5
 """Largest epsilon to calibrate for."""
 
+MAX_EARLIER_SHIFT = 30.0
+"""Largest mu of earlier releases whose losses are put on a grid; beyond it, their epsilon exceeds 400."""
+
 GRID_ERROR = 2e-4
 """Approximate share of epsilon that the grid of losses may add."""
 
@@ -186,14 +189,15 @@ class Releases:
 
         Formal guarantees:
             An upper bound under adaptive composition. It is exact if no sampling is credited. Otherwise the losses of
-            the sampled rounds and of the Gaussian are added on one grid.
+            the sampled rounds and of the Gaussian are added on one grid, unless `mu` exceeds `MAX_EARLIER_SHIFT`: the
+            rounds then count without sampling.
         """
         if rounds and noise_multiplier == 0.0:
             return math.inf
         shift = math.sqrt(self.charged(rounds)) / noise_multiplier if rounds else 0.0
-        whole = gaussian_epsilon(min(math.hypot(shift, mu), MAX_SHIFT), self.delta)
+        whole = gaussian_epsilon(math.hypot(shift, mu), self.delta)
         noise = min(noise_multiplier * self.sensitivity / self.column, MAX_HIDING_NOISE)
-        if not self.pairs or rounds == 0 or noise * MAX_SHIFT < 1.0:
+        if not self.pairs or rounds == 0 or noise * MAX_SHIFT < 1.0 or mu > MAX_EARLIER_SHIFT:
             return whole
         turns, earlier, found = self.turns(rounds), Half(1.0, 1.0, 1.0), 0.0
         for sampled in _losses(self.pairs, noise, turns, self.delta)[0]:

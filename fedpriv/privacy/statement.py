@@ -14,7 +14,7 @@ from fedpriv.privacy.unit import unit_of
 from fedpriv.privacy.warning import delta_warning, signal_warning
 from fedpriv.tables import Record
 
-__all__ = ["Simulated", "files_in_words", "privacy_statement", "rounded_up", "with_analyses"]
+__all__ = ["Simulated", "files_in_words", "privacy_statement", "quoted", "rounded_up", "with_analyses"]
 
 _NOT_PRIVATE = """\
 This run is NOT private. No noise was added, and nothing is promised about any client's data, against any adversary."""
@@ -201,9 +201,9 @@ class Simulated:
 
 
 _COMPOSED = (
-    "Before it, the same clients answered {analyses}, whose results this run used. Together, against the adversary "
-    "above: epsilon = {epsilon} at delta = {delta:g} ({composition}). This is the promise to quote; the one at the top "
-    "covers this run alone. Sampling is not credited to the analyses."
+    "Promise to quote: before this run, the same clients answered {analyses}, whose results it used. Together, against "
+    "the adversary below: epsilon = {epsilon} at delta = {delta:g} ({composition}). The promise above covers this run "
+    "alone. Sampling is not credited to the analyses."
 )
 
 
@@ -216,16 +216,27 @@ def with_analyses(plan: PrivacyPlan | None, analyses: Sequence[str] | None, mu: 
         mu: See `PrivacyPlan.with_analyses`.
 
     Returns:
-        An empty table and text if there are no analyses, or the run has no guarantee.
+        An empty table and text if there are no analyses, or the run has no guarantee. `quoted` puts the paragraph in
+        its place.
     """
     if plan is None or not plan.private or analyses is None or mu is None:
         return {}, ""
     epsilon, delta, composition = plan.with_analyses(mu)
-    table = {"analyses": list(analyses), "mu": mu, "epsilon": epsilon, "delta": delta, "composition": composition}
-    facts = {"epsilon": rounded_up(epsilon), "delta": delta, "composition": composition}
+    finite = math.isfinite(epsilon)
+    table: Record = {"analyses": list(analyses), "mu": mu, "epsilon": epsilon if finite else None, "delta": delta}
+    table["composition"] = composition
+    facts = {"epsilon": rounded_up(epsilon) if finite else "infinite", "delta": delta, "composition": composition}
     text = _COMPOSED.format(analyses=" and ".join(analyses), **facts)
     promise = {**table, "adversary": plan.adversary, "adjacency": plan.adjacency, "unit": plan.unit}
-    return {"with_analyses": promise}, f"\n{_fill(text)}\n"
+    return {"with_analyses": promise}, _fill(text)
+
+
+def quoted(statement: str, paragraph: str) -> str:
+    """Return a statement with the paragraph of `with_analyses`, if not empty, right after its promise."""
+    if not paragraph:
+        return statement
+    promise, adversary, rest = statement.partition("\n\nAdversary:")
+    return f"{promise}\n\n{paragraph}{adversary}{rest}"
 
 
 def privacy_statement(

@@ -113,6 +113,12 @@ def load_study(path: Path | str, metric: str | None = None) -> Study:
     root = Path(path)
     found = {_name(folder, root): folder for folder in _folders(root)}
     trials, configs = _trials(root, found)
+    asked = [name for name, config in configs.items() if config.get("model.name") == "statistics"]
+    if asked and len(asked) == len(found):
+        remedy = "Read their analysis.json, or choose a folder with runs of fedpriv run"
+        raise UserError(str(root), "a run that trains a model", "analyses alone", remedy)
+    for name in asked:
+        del found[name], trials[name], configs[name]
     done = [name for name in found if trials[name]["status"] == "done"]
     if not done:
         words = (

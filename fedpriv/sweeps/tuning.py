@@ -149,6 +149,11 @@ def _check_trial(config: Config, tuning: Tuning | None) -> None:
         raise UserError(
             "privacy.draw", "no value with [tuning]", config.privacy.draw, "Remove privacy.draw: the tuning draws it"
         )
+    if config.privacy.analyses is not None:
+        remedy = (
+            "Remove privacy.analyses and analyses_mu with the constants that they paid for, or tune without [tuning]"
+        )
+        raise UserError("[tuning]", "trials without analyses, whose cost its bound lacks", "privacy.analyses", remedy)
     if config.devices is not None:
         raise UserError("[tuning]", "a config without [devices]", "both tables", "Tune without a virtual clock")
     score_of(config, None if tuning is None else tuning.score_noise)

@@ -1,6 +1,6 @@
 """Record-level privacy between hospitals: the trials of heart.toml and adult.toml, each silo alone, and pooled data.
 
-    python results/hospitals/make.py [--data-root DIR] [--seconds 600] [--tables]
+    python results/hospitals/make.py [--data-root DIR] [--seconds 3600] [--tables]
 
 Runs the trials that trials.csv lacks, for at most so many seconds, and appends a row for each. Then, or at once with
 `--tables`, it fills the tables of README.md and draws figure.png. Each trial's model is scored on validation and test
@@ -13,6 +13,8 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,18 +35,36 @@ from fedpriv.rounds import begin_round, finish_round
 from fedpriv.sweeps.config import load_sweep
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parents[0] / "benchmarks")]
+sys.path[:0] = [str(HERE), str(HERE.parents[0] / "benchmarks")]
 
+from data import OCCUPATIONS  # noqa: E402
 from page import fill, table  # noqa: E402
 
 TRIALS = HERE / "trials.csv"
 KEYS = ["data", "holders", "method", "epsilon", "setting", "seed"]
 TOGETHER, POOLED = "together", "pooled"
 SEEDS = (1, 2, 3, 4, 5)
-REFERENCE = {"heart": "dp-gd, each its own m", "adult": "dp-gd, one divisor"}
+REFERENCE = "dp-gd, one divisor"
+NAMES = {
+    "dp-gd": "dp-gd",
+    "dp-scaffold": "DP-SCAFFOLD",
+    "diff2": "DIFF2",
+    "dice-sgd": "DiceSGD",
+    "alpha-normec": "alpha-NormEC",
+    "clip21": "Clip21",
+}
+TUNABLE = {
+    "dp-gd": ("server_lr",),
+    "dp-scaffold": ("server_lr",),
+    "diff2": ("period", "server_lr"),
+    "dice-sgd": ("clip_norm", "feedback_clip", "server_lr"),
+    "alpha-normec": ("beta", "server_lr"),
+    "clip21": ("clip_norm", "server_lr"),
+}
+UNSEEN = {"heart": (), "adult": (1,)}
 TUNED = {"heart": (1, 2, 3), "adult": (1,)}
 ROUNDS = {"heart": 60, "adult": 30}
-ORDER = (("heart", (1, 2, 3)), ("adult", (1,)), ("heart", (4, 5)), ("adult", (2, 3, 4, 5)))
+ORDER = (("heart", (1, 2, 3)), ("heart", (4, 5)), ("adult", (1,)), ("adult", (2, 3, 4, 5)))
 STEPS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
@@ -64,8 +84,13 @@ class Trial(NamedTuple):
         return (self.data, self.holders, self.method, self.epsilon, self.setting, self.config.seed)
 
 
-def trials(data: str) -> Iterator[Trial]:
+@cache
+def trials(data: str) -> tuple[Trial, ...]:
     """Return all trials on one data set: of the sweep, of single clients and pooled data, and without privacy."""
+    return tuple(_trials(data))
+
+
+def _trials(data: str) -> Iterator[Trial]:
     for trial in load_sweep(HERE / f"{data}.toml").trials():
         name, setting = _named(trial.tables)
         epsilon = trial.config.privacy.epsilon
@@ -81,29 +106,31 @@ def trials(data: str) -> Iterator[Trial]:
 
 
 def alone(data: str) -> tuple[str, ...]:
-    """Return the clients that also train alone."""
-    return tuple(map(str, range(len(HOSPITALS)))) if data == "heart" else ()
+    """Return the clients that also train alone: all that have validation and test rows."""
+    count = {"heart": len(HOSPITALS), "adult": len(OCCUPATIONS)}[data]
+    return tuple(str(client) for client in range(count) if client not in UNSEEN[data])
 
 
 def _named(tables: dict[str, Any]) -> tuple[str, str]:
     method, local, privacy = tables["method"], tables["local"], tables["privacy"]
-    divided = "one divisor" if privacy.get("examples") else "each its own m"
-    settings = {key: method[key] for key in ("beta", "clip_norm", "server_lr") if key in method}
-    name = method["name"]
-    if name == "alpha-normec":
-        name = "alpha-NormEC" + (", server normalization" if method["server_normalization"] else "")
+    kind, momentum = method["name"], bool(tables["server"]["momentum"])
+    name = NAMES[kind]
+    if kind == "alpha-normec":
+        name += ", server normalization" if method["server_normalization"] else ""
         name += ", damped" if method.get("damping") else ""
-    elif name == "clip21":
-        name = "Clip21"
-    else:
-        settings = {"example_clip": privacy["example_clip"], **settings}
-        if local["work"] == "dp-sgd":
-            name, settings = "local DP-SGD", {"example_clip": privacy["example_clip"], "client_lr": local["client_lr"]}
-        elif tables["server"]["momentum"]:
-            name = "dp-gd with momentum"
-        else:
-            return f"dp-gd, {divided}", json.dumps(settings)
-    return f"{name}, {divided}" if privacy.get("examples") else name, json.dumps(settings)
+    elif kind == "dp-gd" and local["work"] == "dp-sgd":
+        name = "local DP-SGD"
+    name += " with momentum" if momentum else ""
+    if privacy.get("examples"):
+        name += ", one divisor"
+    elif name == "dp-gd":
+        name += ", each its own m"
+    keys = {"example_clip": privacy, "client_lr": local, **dict.fromkeys(TUNABLE[kind], method)}
+    if kind in ("alpha-normec", "clip21"):
+        del keys["example_clip"]
+    if local["work"] == "dp-sgd" and kind == "dp-gd":
+        del keys["server_lr"]
+    return name, json.dumps({key: table[key] for key, table in keys.items() if key in table})
 
 
 def held(federation: Federation, holders: str) -> Federation:
@@ -147,11 +174,13 @@ def run_missing(data_root: Path | None, seconds: float) -> bool:
     end, done = time.monotonic() + seconds, set()
     if TRIALS.exists():
         done = set(pd.read_csv(TRIALS, dtype={"holders": str})[KEYS].itertuples(index=False, name=None))
-    for data, seeds in ORDER:
+    for last, (data, seeds) in product((False, True), ORDER):
         shared: dict[int, Federation] = {}
         picked = None if set(seeds) <= set(TUNED[data]) else _picked(data)
         for trial in sorted(trials(data), key=lambda trial: trial.config.seed):
             if trial.key in done or trial.config.seed not in seeds or (picked and trial.key[:5] not in picked):
+                continue
+            if last != (data == "adult" and trial.holders.isdigit()):  # single occupations
                 continue
             if time.monotonic() > end:
                 return False
@@ -175,7 +204,9 @@ def chosen(found: pd.DataFrame) -> pd.DataFrame:
 
     A client alone chooses by its own rows. Settings that lack a split of those that are tuned on are left out.
     """
-    own = [json.loads(each)[int(who)] if who.isdigit() else mean for each, who, mean in _judged(found)]
+    own = [
+        json.loads(each)[alone(data).index(who)] if who.isdigit() else mean for data, each, who, mean in _judged(found)
+    ]
     found, everything = found.assign(judged=own), found
     found = found[[seed in TUNED[data] for data, seed in zip(found["data"], found["seed"], strict=True)]]
     keys = ["data", "holders", "method", "epsilon"]
@@ -186,8 +217,8 @@ def chosen(found: pd.DataFrame) -> pd.DataFrame:
     return everything.merge(best[[*keys, "setting"]], on=[*keys, "setting"])
 
 
-def _judged(found: pd.DataFrame) -> Iterator[tuple[str, str, float]]:
-    return zip(found["validation_each"], found["holders"], found["validation_accuracy"], strict=True)
+def _judged(found: pd.DataFrame) -> Iterator[tuple[str, str, str, float]]:
+    return zip(found["data"], found["validation_each"], found["holders"], found["validation_accuracy"], strict=True)
 
 
 def interval(values: pd.Series, digits: int = 3, sign: str = "") -> str:
@@ -199,25 +230,42 @@ def interval(values: pd.Series, digits: int = 3, sign: str = "") -> str:
 
 
 def methods_table(best: pd.DataFrame, data: str) -> str:
-    """Methods on the clients together and on pooled data: accuracy, and the paired difference to a reference."""
+    """Methods on the clients together and on pooled data: accuracy, and the paired differences to three references."""
     rows = []
-    part = best[(best["data"] == data) & best["holders"].isin([TOGETHER, POOLED])]
+    part = best[best["data"] == data]
     for epsilon in (0.0, 3.0, 1.0):
         under = part[part["epsilon"] == epsilon]
-        plain = under["method"].isin([REFERENCE[data], "gradient descent"])
-        first = under[(under["holders"] == TOGETHER) & plain]
-        reference = first.set_index("seed")["test_accuracy"]
-        for (holders, method), found in under.groupby(["holders", "method"], sort=False):
+        plain = under[under["method"] == (REFERENCE if epsilon else "gradient descent")]
+        reference = plain[plain["holders"] == TOGETHER].set_index("seed")["test_accuracy"]
+        pooled = under[under["holders"] == POOLED].set_index("seed")["test_accuracy"]
+        silos = _alone(under, data)
+        both = under[under["holders"].isin([TOGETHER, POOLED])]
+        for (holders, method), found in both.groupby(["holders", "method"], sort=False):
             own = found.set_index("seed")["test_accuracy"]
-            gain = (own - reference).dropna()
             name = f"{method.split(',')[0]} on pooled data" if holders == POOLED else method
-            ahead = "" if (own.index.equals(reference.index) and (gain == 0).all()) else interval(gain, sign="+")
             setting = ", ".join(f"{key} {value:g}" for key, value in json.loads(found["setting"].iloc[0]).items())
-            row = (f"{epsilon:g}" if epsilon else "none", name, interval(own), ahead, interval(found["test_auc"]))
-            rows.append((*row, interval(found["test_worst"], 2), setting, len(found)))
+            row = (f"{epsilon:g}" if epsilon else "none", name, interval(own))
+            row += (_gain(own, reference), _gain(_mean_client(found), silos), _gain(own, pooled))
+            rows.append((*row, interval(found["test_auc"]), interval(found["test_worst"], 2), setting))
     rows.sort(key=lambda row: (["none", "3", "1"].index(row[0]), -float(row[2].split()[0])))
-    head = ("epsilon", "method", "test accuracy", "against the reference", "AUC", "worst client", "chosen", "splits")
-    return table(head, rows)
+    head = ("epsilon", "method", "test accuracy", "against dp-gd", "against alone", "against pooled", "AUC")
+    return table((*head, "worst client", "chosen"), rows)
+
+
+def _gain(own: pd.Series, reference: pd.Series) -> str:
+    gain = (own - reference).dropna()
+    same = own.index.equals(reference.index) and bool((gain == 0).all())
+    return "" if same or gain.empty else interval(gain, sign="+")
+
+
+def _alone(under: pd.DataFrame, data: str) -> pd.Series:
+    """Return the mean over clients of the accuracy of each client's own model on its own test rows."""
+    each = [_of_client(under[under["holders"] == who], place) for place, who in enumerate(alone(data))]
+    return pd.concat(each, axis=1, join="inner").astype(float).mean(axis=1)
+
+
+def _mean_client(found: pd.DataFrame) -> pd.Series:
+    return found.set_index("seed")["test_each"].map(lambda each: float(np.mean(json.loads(each))))
 
 
 def hospitals_table(best: pd.DataFrame) -> str:
@@ -256,7 +304,7 @@ def draw(best: pd.DataFrame, path: Path) -> None:
     part = part[part["epsilon"] > 0]
     names = part["method"].where(part["holders"] == TOGETHER, "dp-gd on pooled data")
     order = part.assign(name=names).groupby("name")["test_accuracy"].mean().sort_values().index
-    figure = Figure(figsize=(7.6, 4.6), layout="constrained")
+    figure = Figure(figsize=(8.4, 1.4 + 0.24 * len(order)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for shift, color, epsilon in ((0.12, "#332288", 3.0), (-0.12, "#CC6677", 1.0)):
@@ -298,7 +346,7 @@ def main() -> None:
     """Run the missing trials, then write tables and figure.png."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-root", type=Path, default=None)
-    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--seconds", type=float, default=3600.0)
     parser.add_argument("--tables", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)

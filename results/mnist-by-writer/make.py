@@ -31,6 +31,10 @@ from fedpriv.rounds import begin_round, finish_round, signal_to_noise
 HERE = Path(__file__).parent
 SEEDS = (1, 2, 3)
 MOMENTUM = 0.9
+# Server momentum is tried beside every method in these settings, and beside DP-FedAvg in all.
+WITH_MOMENTUM = ("non-private", "central, epsilon 8", "central, epsilon 2")
+ADAM_STEPS = (0.001, 0.003, 0.01)
+PUBLIC_BETA = 0.3
 
 PROBLEMS: dict[str, dict[str, Any]] = {
     "softmax": {
@@ -91,10 +95,8 @@ def grid_of(problem: str, setting: str) -> dict[str, list[dict[str, Any]]]:
     residuals = _points(steps, clip_norm=(0.1,) if local else (0.3, 1.0) if small else (0.1, 0.3))
     clipped, smoothed = _points(steps, clip_norm=clips), _points(steps, alpha=(1.0,) if few else (0.1, 1.0))
     damped = ((1.0, 1.0),) if few else ((1.0, 0.3), (1.0, 1.0))
-    slow = [{**p, "server_lr": p["server_lr"] * (1.0 - MOMENTUM), "momentum": MOMENTUM} for p in clipped]
     methods = {
         "DP-FedAvg": [{"name": "dp-fedavg", **p} for p in clipped],
-        "DP-FedAvg, momentum": [{"name": "dp-fedavg", **p} for p in slow],
         "normalized SGD": [{"name": "normalized-sgd", **p} for p in smoothed],
         "Clip21": [{"name": "clip21", **p, "server_lr": p["server_lr"] * p["clip_norm"]} for p in residuals],
         "alpha-NormEC": _feedback(steps, pairs, server_normalization=False),
@@ -103,7 +105,22 @@ def grid_of(problem: str, setting: str) -> dict[str, list[dict[str, Any]]]:
     }
     if local:
         methods["alpha-NormEC, sent"] = _feedback(steps, pairs, server_normalization=False, memory="sent")
+    public = [{"name": "centered-clip", "beta": PUBLIC_BETA, **p} for p in clipped]
+    if setting in WITH_MOMENTUM and problem == "softmax":
+        methods |= {f"{name}, momentum": _with_momentum(points) for name, points in methods.items()}
+        methods |= {"public memory": public, "public memory, momentum": _with_momentum(public)}
+        adaptive = _points(ADAM_STEPS, clip_norm=clips)
+        methods["DP-FedAvg, Adam"] = [
+            {"name": "dp-fedavg", **p, "server_lr": p["server_lr"] * p["clip_norm"], "optimizer": "adam"}
+            for p in adaptive
+        ]
+    else:
+        methods["DP-FedAvg, momentum"] = _with_momentum(methods["DP-FedAvg"])
     return methods
+
+
+def _with_momentum(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**p, "server_lr": p["server_lr"] * (1.0 - MOMENTUM), "momentum": MOMENTUM} for p in points]
 
 
 @lru_cache(maxsize=4)
@@ -115,9 +132,10 @@ def _experiment(problem: str, seed: int, data_root: Path | None) -> Experiment:
 
 def _tables(problem: str, privacy: dict[str, Any] | None, method: dict[str, Any], seed: int) -> dict[str, Any]:
     tables = {"name": problem, "seed": seed, "data": {"name": "mnist-by-writer", "partition": "natural"}}
-    tables |= {**PROBLEMS[problem], "method": {key: value for key, value in method.items() if key != "momentum"}}
-    if "momentum" in method:
-        tables["server"] = {"optimizer": "momentum", "momentum": method["momentum"]}
+    of_server = {"momentum", "optimizer"}
+    tables |= {**PROBLEMS[problem], "method": {key: value for key, value in method.items() if key not in of_server}}
+    if of_server & method.keys():
+        tables["server"] = {"optimizer": "momentum", **{key: method[key] for key in method if key in of_server}}
     return tables if privacy is None else {**tables, "privacy": privacy}
 
 

@@ -2,7 +2,7 @@
 
     python results/when-feedback-pays/make.py --work FOLDER --data-root DATA --minutes 30   # as often as needed
     python results/when-feedback-pays/make.py --work FOLDER --status                        # done, and CPU time left
-    python results/when-feedback-pays/make.py --work FOLDER --page                          # tables, figures, page.md
+    python results/when-feedback-pays/make.py --work FOLDER --page                          # tables, figures, README.md
 
 cells.py lists the cells and the families. In a cell, every family is tuned on seed 0: 8 settings, steps and the other
 hyperparameter in a grid; while the best by validation is at an end of a range, the range is extended there, by at most

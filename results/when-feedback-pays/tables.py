@@ -19,13 +19,15 @@ from cells import CELLS, FAMILIES, OF_MEMORY, REFERENCE, Cell, Facts  # noqa: E4
 from page import fill  # noqa: E402
 from page import table as markdown  # noqa: E402
 
-PAGE = HERE / "page.md"
+PAGE = HERE / "README.md"
 PLAIN = "no memory"
 # An error of hours counts as this share of an accuracy: 12.3, the error of the constant 40, is 1.
 HOURS = 12.3
 CONFIDENCE = 0.95
 # Cells for a rule, and marks on an axis of points.
 ENOUGH = 12
+# Places of cells without noise on an axis of noise, and the end of that strip.
+_LEFT, _STEP, _FIRST_NOISE = 5e-4, 1.2, 6e-3
 TICKS = (-30, -10, -3, -1, 0, 1, 3, 10, 30)
 COLOURS = ("#332288", "#88CCEE", "#117733", "#CC6677", "#AA4499", "#999933")
 
@@ -283,37 +285,56 @@ def rule_text(found: list[Judged]) -> str:
     if rows:
         rows.append(["all", "", f"{hits[0]} of {hits[2]}", f"{hits[1]} of {hits[2]}"])
         rows.append(["mean points behind the best", "", *(f"{100 * one / hits[2]:.2f}" for one in behind)])
-    whole = f"\nFitted on all complete cells: **{fitted(found)}**.\n"
-    return markdown(["left out", "rule fitted on the others", "its hits", f"always {REFERENCE}"], rows) + whole
+    whole = f"\nFitted on all complete cells: **{fitted(found)}**.\n\n"
+    head = ["left out", "rule fitted on the others", "its hits", f"always {REFERENCE}"]
+    return markdown(head, rows) + whole + _constant_rules_text(found)
+
+
+def _constant_rules_text(found: list[Judged]) -> str:
+    """Return the hits of each family in all cells, with momentum where the family does not apply."""
+    rows = [
+        (name, sum(judged.hit(name) for judged in found), 100 * float(np.mean([one.regret(name) for one in found])))
+        for name in FAMILIES
+    ]
+    rows.sort(key=lambda row: row[2])
+    shown = [[name, f"{hits} of {len(found)}", f"{behind:.2f}"] for name, hits, behind in rows]
+    return markdown(["always", "hits", "mean points behind the best"], shown)
 
 
 def draw(found: list[Judged], file: Path) -> None:
-    """Gain of each family over the reference against the noise, with 95 % intervals."""
+    """Gain of each family over the reference against the noise, with 95 % intervals; without noise at the left."""
     others = [name for name in FAMILIES if name != REFERENCE]
-    figure = Figure(figsize=(11, 6), layout="constrained")
+    figure = Figure(figsize=(12, 7), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 4, sharex=True, sharey=True).flatten()
     colours = dict(zip(sorted({cell.data for cell in CELLS}), COLOURS, strict=True))
+    loudest = max((judged.facts.noise for judged in found), default=1.0)
+    still = [judged for judged in found if not judged.cell.private]
     for panel, name in zip(panels, others, strict=True):
         panel.axhline(0.0, color="black", linewidth=0.8)
+        panel.axvline(_FIRST_NOISE, color="#BBBBBB", linewidth=0.8)
         for judged in found:
             if name not in judged.scores:
                 continue
             ahead = judged.against(name, REFERENCE)
             scale = 100 / HOURS if judged.cell.metric == "rmse" else 100
-            at = max(judged.facts.noise, 3e-3)
-            marker = "o" if judged.cell.private else "x"
+            # Cells without noise are side by side, in the order of the list.
+            at = judged.facts.noise if judged.cell.private else _LEFT * _STEP ** still.index(judged)
             colour = colours[judged.cell.data]
-            panel.errorbar(at, scale * ahead.mean, scale * ahead.half, color=colour, marker=marker, ms=4, lw=1)
-        panel.set(title=name, xscale="log")
+            panel.errorbar(at, scale * ahead.mean, scale * ahead.half, color=colour, marker="o", ms=3.5, lw=0.9)
+        panel.set_title(name, fontsize=12)
+        panel.set_xscale("log")
         panel.set_yscale("symlog", linthresh=1.0)
         panel.set_yticks(TICKS, [f"{tick:+g}" if tick else "0" for tick in TICKS])
-        panel.set(xlim=(2e-3, 5.0), ylim=(-1.5 * max(TICKS), 1.5 * max(TICKS)))
-    shown = [panels[0].plot([], [], "o", color=colour, ms=4, label=data)[0] for data, colour in colours.items()]
-    figure.legend(handles=shown, loc="outside right upper", fontsize=8)
-    figure.supxlabel("noise: length of the noise on the mean message, over the bound (x: no noise)")
-    figure.supylabel(f"points gained over {REFERENCE}")
-    figure.savefig(file, dpi=130)
+        panel.set(xlim=(_LEFT / 1.5, 2 * loudest), ylim=(-1.5 * max(TICKS), 1.5 * max(TICKS)))
+        marks = [10.0**power for power in range(-2, 3) if 10.0**power < 2 * loudest]
+        panel.set_xticks([math.sqrt(_LEFT * _FIRST_NOISE), *marks], ["none", *(f"{mark:g}" for mark in marks)])
+        panel.minorticks_off()
+    shown = [panels[0].plot([], [], "o", color=colour, ms=5, label=data)[0] for data, colour in colours.items()]
+    figure.legend(handles=shown, loc="outside upper center", ncols=len(shown), fontsize=11, frameon=False)
+    figure.supxlabel("noise: length of the noise on the mean message, over the bound")
+    figure.supylabel(f"points gained over {REFERENCE} (linear from -1 to +1)")
+    figure.savefig(file, dpi=120)
 
 
 def write_page(found: dict[str, tuple[Any, Facts | None]], page: Path = PAGE) -> None:

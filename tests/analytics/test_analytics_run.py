@@ -10,9 +10,10 @@ import pytest
 
 from fedpriv import load_config
 from fedpriv.cli import main
+from fedpriv.cli.print_run import print_summary
 from fedpriv.errors import UserError
 from fedpriv.experiment.run import run_experiment
-from fedpriv.privacy import Everyone, Poisson, PrivacyPlan, make_plan
+from fedpriv.privacy import Everyone, Poisson, PrivacyPlan, make_plan, rounded_up
 from fedpriv.privacy.gaussian import gaussian_epsilon
 from fedpriv.report.spent import spent_below
 
@@ -159,7 +160,9 @@ def test_the_costs_of_single_answers_compose_to_that_of_all(data: Path, tmp_path
     assert found["epsilon"] == pytest.approx(gaussian_epsilon(1.0, 1e-5))
 
 
-def test_a_training_takes_its_constants_and_adds_up_both_costs(data: Path, tmp_path: Path) -> None:
+def test_a_training_takes_its_constants_and_adds_up_both_costs(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = answers(tables(), data, tmp_path / "runs" / "asked")
     config = load_config(without_none(training(tmp_path / "runs" / "asked")))
     assert config.tables["data"]["numeric"] == {
@@ -172,7 +175,14 @@ def test_a_training_takes_its_constants_and_adds_up_both_costs(data: Path, tmp_p
     together = math.sqrt(1.0 + 3.0 / 4.0)
     assert record["with_analyses"]["epsilon"] == pytest.approx(gaussian_epsilon(together, 1e-5))
     assert record["with_analyses"]["adversary"] == record["adversary"]
-    assert "the analysis asked" in " ".join(record["statement"].split())
+    first = " ".join(record["statement"].partition("Adversary:")[0].split())  # not after the list of files
+    assert "before this run, the same clients answered the analysis asked" in first
+    capsys.readouterr()
+    print_summary(
+        json.loads((tmp_path / "runs" / "trained" / "summary.json").read_text()), tmp_path / "runs" / "trained"
+    )
+    quote = rounded_up(gaussian_epsilon(together, 1e-5))
+    assert f"quote       {quote}, which includes the analysis asked" in capsys.readouterr().out
     (group,) = spent_below(tmp_path / "runs")  # the same clients, although the constants differ
     assert group.total.epsilon == pytest.approx(record["with_analyses"]["epsilon"])
 
@@ -210,8 +220,84 @@ def test_the_cost_is_counted_in_the_units_of_the_training_or_refused(
     assert read.analyses_mu == 0.5 * factor
 
 
+def write_answers(folder: Path, **change: Any) -> Path:
+    moments = {"kind": "moments", "columns": ["a"], "mean": [4.0], "std": [1.0]}
+    plan = {"unit": "client", "trust": "central", "adjacency": "add-or-remove", "mu": 0.5}
+    (folder / "analysis.json").write_text(json.dumps({"name": "asked", **plan, "answers": {"s": moments}, **change}))
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("fedbuff", 2.0), ("synchronous", 1.0)])
+def test_a_timeline_is_accounted_under_replace_and_so_is_the_analysis(kind: str, factor: float, tmp_path: Path) -> None:
+    made = without_none(training(write_answers(tmp_path)))
+    made["devices"] = {"kind": "log-normal", "speed": 20.0, "download": 4e4, "upload": 1e4}
+    made["schedule"] = {"kind": kind, **({"buffer_size": 3, "concurrency": 6} if kind == "fedbuff" else {})}
+    read = load_config(made).privacy
+    assert read is not None
+    assert read.analyses_mu == 0.5 * factor
+
+
+def test_an_earlier_cost_that_is_a_whole_number_is_kept(tmp_path: Path) -> None:
+    read = load_config(without_none(training(write_answers(tmp_path), analyses=["first"], analyses_mu=2))).privacy
+    assert read is not None
+    assert read.analyses_mu == math.hypot(2.0, 0.5)
+
+
+def test_an_analysis_that_used_another_passes_both_costs_on(data: Path, tmp_path: Path) -> None:
+    config = {**tables(data={"standardize": str(write_answers(tmp_path, mu=5.0))}), "name": "second"}
+    assert answers(config, data, tmp_path / "second")["mu"] == pytest.approx(math.hypot(5.0, 1.0))
+    read = load_config(without_none(training(tmp_path / "second"))).privacy
+    assert read is not None
+    assert (read.analyses, read.analyses_mu) == (
+        ["the analysis asked", "the analysis second"],
+        pytest.approx(math.hypot(5.0, 1.0)),
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"adjacency": "swap"},
+        {"unit": "record"},
+        {"trust": "nobody"},
+        {"mu": "1"},
+        {"mu": math.nan},
+        {"mu": -1.0},
+        {"answers": {"s": {"kind": "moments"}}},
+    ],
+    ids=str,
+)
+def test_answers_with_an_unknown_promise_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.standardize"):
+        load_config(without_none(training(write_answers(tmp_path, **change))))
+
+
+def test_more_colluders_than_in_the_analysis_are_refused(tmp_path: Path) -> None:
+    folder = write_answers(tmp_path, trust="aggregator", adjacency="replace", colluders=2)
+    made = without_none(training(folder, trust="aggregator"))
+    load_config({**made, "aggregation": {"colluders": 2}})
+    with pytest.raises(UserError, match="expected an analysis that allows 3 colluders"):
+        load_config({**made, "aggregation": {"colluders": 3}})
+
+
+def test_the_sum_of_a_client_may_give_one_answer_the_whole_length(data: Path, tmp_path: Path) -> None:
+    """Records without a category are zero in one query, so that clipping leaves the other all of the length."""
+    found = answers(tables(analysis={"records": 4}), data, tmp_path)
+    assert {answer["epsilon_alone"] for answer in found["answers"].values()} == {found["epsilon"]}
+    of_records = answers(tables(analysis={"records": 4}, privacy={"unit": "example"}), data, tmp_path / "e")
+    assert all(answer["epsilon_alone"] < of_records["epsilon"] for answer in of_records["answers"].values())
+
+
+def test_large_costs_of_analyses_are_never_rounded_down() -> None:
+    plan = make_plan(
+        trust="central", sampling=Poisson(1000, 0.1), rounds=3, delta=1e-5, l2_bound=1.0, noise_multiplier=1.2
+    )
+    assert plan.with_analyses(500.0).epsilon > gaussian_epsilon(500.0, 1e-5)
+    assert math.isinf(plan.with_analyses(2000.0).epsilon)
+
+
 def test_a_folder_without_answers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Run fedpriv analyze first"):
+    with pytest.raises(UserError, match=r"No such file or directory\. Run fedpriv analyze first"):
         load_config(without_none(training(tmp_path)))
 
 
@@ -268,6 +354,13 @@ def test_the_command_prints_answers_and_refuses_a_training(
     with pytest.raises(SystemExit):
         main(["analyze", "ask.toml", *common, "--resume", "--json"])
     assert json.loads(capsys.readouterr().out)["answers"]["scale"]["kind"] == "moments"
+    with pytest.raises(SystemExit):
+        main(["check", "ask.toml", "--data-root", str(data)])
+    assert "fedpriv analyze ask.toml" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as unreported:
+        main(["report", "runs/asked"])
+    assert unreported.value.code == 2
+    assert "analyses alone" in capsys.readouterr().err
     trained = {**tables(), "model": {"name": "softmax"}, "method": {"name": "dp-gd"}, "training": {"rounds": 1}}
     del trained["analysis"]
     (tmp_path / "train.toml").write_text(tomli_w.dumps(trained))

@@ -118,6 +118,24 @@ def test_a_charge_counts_in_every_later_release(node: Path) -> None:
     assert charged(node) == 3.0
 
 
+def test_an_estimate_does_not_replace_releases_that_the_folder_still_records(node: Path) -> None:
+    copy = node.parent / "copy.tar"
+    with pytest.raises(UserError, match="beside an intact ledger with 2"):
+        restore(copy, node, charge=1e-6)
+    assert Ledger(node / "state").entries()[-1].turn == 2
+    (node / "state" / "ledger.jsonl").write_bytes(b"damaged\n")
+    restore(copy, node, charge=1e-6)
+
+
+def test_all_charges_and_releases_together_have_the_delta_of_the_policy(node: Path) -> None:
+    state = node / "state"
+    for _ in range(2):
+        Ledger(state).charge(1.0, "lost")
+    ledger = Ledger(state)
+    ledger.entries()
+    assert 1e-5 / 2 + 1e-5 / 4 + ledger.share(1e-5) == pytest.approx(1e-5)
+
+
 def test_a_charge_is_removed_no_more_than_a_release(node: Path) -> None:
     shutil.rmtree(node)
     restore(node.parent / "copy.tar", node, charge=3.0)

@@ -134,9 +134,9 @@ def test_the_page_is_written_and_the_rule_is_found(
     monkeypatch.setattr(tables, "draw", lambda *_: None)
     cell, store = make.CELLS[0], make.Store(tmp_path / "work")
     list(make.go_on(store, Counted(make, (1, 2)), [cell], math.inf))
-    shutil.copy(FOLDER / "page.md", tmp_path / "page.md")
-    tables.write_page(make.stages(store, make.CELLS), tmp_path / "page.md")
-    text = (tmp_path / "page.md").read_text(encoding="utf-8")
+    shutil.copy(FOLDER / "README.md", tmp_path / "README.md")
+    tables.write_page(make.stages(store, make.CELLS), tmp_path / "README.md")
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert f"1 of {len(make.CELLS)} cells are complete" in text
     assert {"cells.csv", "trials.csv", "ends.csv"} <= {file.name for file in tmp_path.iterdir()}
 

@@ -9,7 +9,7 @@ import pytest
 
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import sampling_of
-from fedpriv.experiment.config import load_config, parse_config
+from fedpriv.experiment.config import apply_settings, load_config, parse_config
 from fedpriv.methods import SERVER_OPTIMIZERS, optimized
 from fedpriv.methods.server_optimizers import Adam
 
@@ -195,7 +195,17 @@ MISTAKES = [
     ("training=3", "training", "table"),
     ("training.=3", "-s training.=3", "table.key=value"),
     ("rounds", "-s rounds", "table.key=value"),
+    ("training.rounds.most=3", "training.rounds.most", "Use -s training.rounds=value"),
+    ("data.numeric.age=3", "data.numeric", "unknown"),
+    ("analysys.sex.kind=labels", "analysys", "Did you mean 'analysis'"),
 ]
+
+
+def test_a_setting_reaches_a_table_within_a_table_and_leaves_the_original() -> None:
+    tables = {"analysis": {"age": {"kind": "moments", "low": 0}}, "name": "a"}
+    changed = apply_settings(tables, ["analysis.age.low=5", "analysis.age.kind=", "analysis.sex.kind=labels"])
+    assert changed == {"analysis": {"age": {"low": 5}, "sex": {"kind": "labels"}}, "name": "a"}
+    assert tables == {"analysis": {"age": {"kind": "moments", "low": 0}}, "name": "a"}
 
 
 def plan_of(setting: str) -> None:

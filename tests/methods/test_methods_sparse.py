@@ -77,7 +77,7 @@ def test_without_noise_it_finds_the_parameters() -> None:
 
 
 def test_a_server_optimizer_would_leave_the_sparse_models() -> None:
-    with pytest.raises(UserError, match=r"\[server\].*not zero"):
+    with pytest.raises(UserError, match=r"\[server\].*nonzero parameters"):
         optimized(PrivateIHT(), Momentum())
     with pytest.raises(UserError, match=r"\[server\]") as caught:
         config(server={"optimizer": "adam"})

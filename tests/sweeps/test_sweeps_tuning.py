@@ -220,6 +220,7 @@ def test_a_failed_trial_is_the_worst_and_equal_ones_are_taken_in_the_order_drawn
         ("", {"epsilon = 5.0": "noise_multiplier = 0.0"}, "expected private trials"),
         ("", {"[privacy]\nepsilon = 5.0": ""}, r"\[privacy\]"),
         ("", {"epsilon = 5.0": "epsilon = 5.0\ndraw = 3"}, r"privacy\.draw"),
+        ("", {"epsilon = 5.0": 'epsilon = 5.0\nanalyses = ["the analysis a"]\nanalyses_mu = 0.5'}, "without analyses"),
     ],
 )
 def test_what_would_break_the_promise_of_a_tuning_is_refused(

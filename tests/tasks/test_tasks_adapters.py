@@ -209,6 +209,21 @@ def test_kept_activations_take_the_place_of_inputs() -> None:
     torch.testing.assert_close(rows.rows(kept, labels), rows.rows(inputs, labels))
 
 
+class Center(nn.Module):
+    """A layer that mixes examples."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values - values.mean(0, keepdim=True)
+
+
+def test_activations_that_mix_examples_are_not_kept() -> None:
+    """Otherwise the check of single examples would not see the lower layers."""
+    lower = nn.Linear(4, 6)
+    mixed = Head(train=["2"]).adapted(nn.Sequential(lower, Center(), nn.Linear(6, 3)), (4,), 0)
+    plain = Head(train=["2"]).adapted(nn.Sequential(lower, nn.Tanh(), nn.Linear(6, 3)), (4,), 0)
+    assert (mixed.kept_floats, plain.kept_floats) == (0, 6)
+
+
 def test_activations_are_computed_once_for_each_client_that_fits() -> None:
     task = Task(Head(train=["6"]).adapted(convolutional(), (1, 7, 7), 0))
     inputs, _ = some_examples()

@@ -97,8 +97,8 @@ class Ledger:
         return math.fsum(self._charges)
 
     def share(self, delta: float) -> float:
-        """Return the part of a delta that is left for the recorded releases: half of it beside a charge."""
-        return delta / 2.0 if self._charges else delta
+        """Return the part of a delta that is left for the recorded releases: each charge takes half of what is left."""
+        return delta / 2.0 ** len(self._charges)
 
     @property
     def lines(self) -> int:
@@ -159,8 +159,8 @@ class Ledger:
         """Charge an epsilon for releases that are missing in the ledger; it is on disk when this returns.
 
         Args:
-            epsilon: Epsilon of all missing releases together, at half of the policy's delta; infinite for the whole
-                budget.
+            epsilon: Epsilon of all missing releases together, at half of the policy's delta, or of what earlier charges
+                left of it; infinite for the whole budget.
             reason: Reason, in words.
 
         Raises:

@@ -11,7 +11,9 @@ but not if the server shows none, because it lost them too. `restore` therefore 
 | `--charge all` | the whole budget counts as spent: a client never releases beyond it |
 | `--charge EPSILON` | the operator states the maximum cost of the missing releases, at half of the policy's delta |
 
-A charge is a line of the ledger. It brings a new `ledger.key`: heads beyond the copy would stop the client for good.
+A further charge is stated at half of the delta that earlier ones left. An estimate is refused while the folder still
+holds an intact ledger with more lines than the copy. A charge is a line of the ledger. It brings a new `ledger.key`:
+heads beyond the copy would stop the client for good.
 """
 
 import io
@@ -145,6 +147,8 @@ def _settle(kind: str, part: Path, folder: Path, heads: Path | None, charge: flo
         raise UserError(str(folder), expected, f"a copy with {ledger.lines} lines, and no proof", remedy)
     if charge is None:
         return f", with a ledger of {ledger.lines} lines that is the newest"
+    if math.isfinite(charge):
+        _refuse_known_releases(ledger, folder)
     state = part / _STATE
     state.mkdir(mode=0o700, exist_ok=True)
     with only_one(state / "lock"):
@@ -175,6 +179,20 @@ def _is_newest(ledger: Ledger, part: Path, folder: Path, heads: Path | None) -> 
             ledger.refuse_without(head.lines, head.hash, " according to the server's heads")
             proven |= head.lines == ledger.lines
     return proven
+
+
+def _refuse_known_releases(ledger: Ledger, folder: Path) -> None:
+    """Raise a `UserError` if the folder holds a ledger with releases that the copy lacks: they need no estimate."""
+    if not (folder / _STATE).is_dir():
+        return
+    try:
+        here = _intact(folder)
+    except UserError:  # a damaged ledger is why an operator restores
+        return
+    if here.lines > ledger.lines:
+        expected = "a copy of its newest ledger, or none in the folder"
+        got = f"a copy with {ledger.lines} lines beside an intact ledger with {here.lines}"
+        raise UserError(str(folder), expected, got, "Keep its state/, or give --charge all")
 
 
 def _refuse_foreign(head: Head, part: Path) -> None:

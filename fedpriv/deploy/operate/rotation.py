@@ -221,7 +221,7 @@ def finish_rotation(folder: Path) -> str:
         os.environ.pop("FLWR_HOME", None)
         if before is not None:
             os.environ["FLWR_HOME"] = before
-    return "the new key is in use. Start the node"
+    return "the new key is in use. Start the node; it connects once the server has run fedpriv deploy rotate accept"
 
 
 def _ledger_of(folder: Path) -> tuple[int, Head | None]:

@@ -48,9 +48,10 @@ def answers_of(experiment: Experiment, vector: Tensor) -> Record | None:
     labels = config.task.width(experiment.population.federation.dataset.classes) - 1
     clients = experiment.server.sampling.population
     seen = model.seen(vector.double().cpu().numpy(), labels, noise_on_mean(plan), clients)
-    shares = model.shares()
+    shares, sums = model.shares(), model.records is not None
+    before = None if config.privacy is None else config.privacy.analyses_mu
     answers = {
-        query.name: {"kind": query.kind, **query.answer(seen[query.name]), **_cost(plan, shares[query.name])}
+        query.name: {"kind": query.kind, **query.answer(seen[query.name]), **_cost(plan, shares[query.name], sums)}
         for query in model.asked
     }
     return {
@@ -59,15 +60,19 @@ def answers_of(experiment: Experiment, vector: Tensor) -> Record | None:
         "clients": clients,
         "weight": "every client counts as one" if model.records is None else "records",
         "records": model.records,
-        **_promise(plan),
+        **_promise(plan, before or 0.0),
+        "analyses": None if config.privacy is None else config.privacy.analyses,
         "answers": answers,
     }
 
 
-def _promise(plan: PrivacyPlan | None) -> dict[str, object]:
-    """Return the promise to all answers together, and the noise multiplier for compositions."""
+def _promise(plan: PrivacyPlan | None, before: float) -> dict[str, object]:
+    """Return the promise to all answers together, and for compositions mu, which includes `before` of analyses before.
+
+    Sampling is not credited in mu.
+    """
     if plan is None:
-        absent = ("epsilon", "delta", "unit", "trust", "adjacency", "mu")
+        absent = ("epsilon", "delta", "unit", "trust", "adjacency", "colluders", "mu")
         return {"private": False, "adversary": "none: not private", **dict.fromkeys(absent)}
     multiplier = plan.noise_multiplier
     return {
@@ -78,13 +83,18 @@ def _promise(plan: PrivacyPlan | None) -> dict[str, object]:
         "unit": plan.unit,
         "trust": plan.trust,
         "adjacency": plan.adjacency,
-        "mu": math.sqrt(plan.releases.charged(plan.rounds)) / multiplier if multiplier > 0.0 else None,
+        "colluders": None if plan.aggregation is None else plan.aggregation.colluders,
+        "mu": math.hypot(math.sqrt(plan.releases.charged(plan.rounds)) / multiplier, before) if multiplier else None,
     }
 
 
-def _cost(plan: PrivacyPlan | None, share: float) -> dict[str, object]:
-    """Return the epsilon of one answer alone. The answers together cost less than the sum."""
+def _cost(plan: PrivacyPlan | None, share: float, sums: bool) -> dict[str, object]:
+    """Return the epsilon of one answer alone. The answers together cost less than the sum.
+
+    A client's sum over records is only bounded as a whole: with many records, one answer may have all of its length.
+    """
     if plan is None or plan.noise_multiplier == 0.0 or share == 0.0:
         return {"share": share, "epsilon_alone": None}
-    alone = plan.releases.bound(plan.noise_multiplier / math.sqrt(share), plan.rounds)
+    bounded = 1.0 if sums and plan.record is None else share
+    alone = plan.releases.bound(plan.noise_multiplier / math.sqrt(bounded), plan.rounds)
     return {"share": share, "epsilon_alone": alone.epsilon if math.isfinite(alone.epsilon) else None}

@@ -5,9 +5,11 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from fedpriv.clock import SCHEDULES
 from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.analyses.answers_file import ANALYSIS_FILE
-from fedpriv.privacy import REPLACE_FACTOR, trust_of
+from fedpriv.experiment.schema import read_table
+from fedpriv.privacy import REPLACE_FACTOR, Trust, adjacency_of, trust_of, unit_name
 from fedpriv.tables import Record, Table
 
 __all__ = ["standardized"]
@@ -33,7 +35,7 @@ def standardized(tables: Table) -> dict[str, object]:
     kept = {key: value for key, value in data.items() if key != "standardize"}
     made: dict[str, object] = {**tables, "data": {**kept, **_constants(kept, _moments(found, folder), folder)}}
     if isinstance(privacy := tables.get("privacy"), Mapping):
-        made["privacy"] = {**privacy, **_cost(privacy, found, folder)}
+        made["privacy"] = {**privacy, **_cost(tables, privacy, found, folder)}
     return made
 
 
@@ -43,12 +45,26 @@ def _read(path: Path) -> Record:
         missing = {"answers", "name", "mu", "unit", "trust", "adjacency"} - set(found)
         if missing:
             raise KeyError(min(missing))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if found["mu"] is not None:
+            _check_promise(found)
+    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error).rstrip(".")
         remedy = "Run fedpriv analyze first, and give its run directory"
         raise UserError(
-            "data.standardize", f"a run directory with {ANALYSIS_FILE}", f"{path}: {error}", remedy
+            "data.standardize", f"a run directory with {ANALYSIS_FILE}", f"{path}: {reason}", remedy
         ) from None
     return found
+
+
+def _check_promise(found: Record) -> None:
+    """Raise an error unless a promise has known names, and numbers from 0."""
+    trust_of(found["trust"])
+    unit_name(found["unit"])
+    adjacency_of(found["adjacency"])
+    for key in ("mu", "colluders"):
+        value = found.get(key) or 0
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            raise ValueError(f"{key} = {value!r}")
 
 
 def _moments(found: Record, folder: Path) -> dict[str, tuple[float, float]]:
@@ -57,11 +73,15 @@ def _moments(found: Record, folder: Path) -> dict[str, tuple[float, float]]:
     if not moments:
         remedy = 'Add a query with kind = "moments" to its [analysis]'
         raise UserError("data.standardize", "an analysis with means and variances", str(folder), remedy)
-    return {
-        column: (mean, std)
-        for answer in moments
-        for column, mean, std in zip(*(answer[key] for key in ("columns", "mean", "std")), strict=True)
-    }
+    try:
+        return {
+            column: (mean, std)
+            for answer in moments
+            for column, mean, std in zip(*(answer[key] for key in ("columns", "mean", "std")), strict=True)
+        }
+    except (KeyError, ValueError, TypeError) as error:
+        expected, remedy = "columns, mean and std of each answer", "Give the run directory of fedpriv analyze"
+        raise UserError("data.standardize", expected, f"{folder}: {error!r}", remedy) from None
 
 
 def _constants(data: Table, moments: Mapping[str, tuple[float, float]], folder: Path) -> dict[str, object]:
@@ -79,7 +99,7 @@ def _constants(data: Table, moments: Mapping[str, tuple[float, float]], folder: 
     return {"mean": [mean for mean, _ in ordered], "std": [std for _, std in ordered]}
 
 
-def _cost(privacy: Table, found: Record, folder: Path) -> dict[str, object]:
+def _cost(tables: Table, privacy: Table, found: Record, folder: Path) -> dict[str, object]:
     """Return the keys that record the cost of the analysis in the units of this run's promise."""
     if found["mu"] is None:
         remedy = "Repeat the analysis with the [privacy] of this run"
@@ -92,12 +112,33 @@ def _cost(privacy: Table, found: Record, folder: Path) -> dict[str, object]:
     if (found["unit"], unit) == ("example", "client"):
         remedy = 'Repeat the analysis with privacy.unit = "client"'
         raise UserError("data.standardize", "an analysis that protects clients", f"unit example in {folder}", remedy)
+    _refuse_more_colluders(tables, trust, found, folder)
     # A record changes a client: the promise to clients for records is that under replace.
-    wanted = privacy.get("adjacency") or ("replace" if unit == "example" else trust.default_adjacency)
+    wanted = privacy.get("adjacency") or ("replace" if unit == "example" else _default_adjacency(tables, trust))
     dearer = found["adjacency"] == "add-or-remove" and (wanted == "replace" or found["unit"] != unit)
     mu = float(found["mu"]) * (REPLACE_FACTOR if dearer else 1.0)
     before = privacy.get("analyses_mu")
     earlier = privacy.get("analyses")
-    names = [*(earlier if isinstance(earlier, list) else []), f"the analysis {found['name']}"]
-    total = math.hypot(mu, before) if isinstance(before, float) else mu
-    return {"analyses": names, "analyses_mu": total}
+    names = [*(earlier if isinstance(earlier, list) else []), *(found.get("analyses") or [])]
+    total = math.hypot(mu, before) if isinstance(before, int | float) else mu
+    return {"analyses": [*names, f"the analysis {found['name']}"], "analyses_mu": total}
+
+
+def _default_adjacency(tables: Table, trust: Trust) -> str:
+    """Return the adjacency of a plan for clients that names none: timelines are accounted under replace alone."""
+    schedule = tables.get("schedule")
+    if not isinstance(schedule, Mapping) or "kind" not in schedule:
+        return trust.default_adjacency
+    kind = SCHEDULES.resolve(schedule["kind"], "schedule.kind")
+    rule = read_table(kind, {key: value for key, value in schedule.items() if key != "kind"}, "schedule")
+    return trust.default_adjacency if rule.draws_cohorts else "replace"
+
+
+def _refuse_more_colluders(tables: Table, trust: Trust, found: Record, folder: Path) -> None:
+    """Raise UserError if more clients may collude in the run than in the analysis."""
+    sums = tables.get("aggregation")
+    colluders = sums.get("colluders", 0) if isinstance(sums, Mapping) else 0
+    if trust.secure_sums and trust_of(found["trust"]).secure_sums and colluders > (found.get("colluders") or 0):
+        remedy = f"Repeat the analysis with aggregation.colluders = {colluders}"
+        expected = f"an analysis that allows {colluders} colluders"
+        raise UserError("data.standardize", expected, f"{found.get('colluders') or 0} in {folder}", remedy)

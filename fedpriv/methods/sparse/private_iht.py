@@ -67,7 +67,7 @@ class PrivateIHT(Memoryless):
     @property
     def steps_into(self) -> str:
         """See `base.Constrained`."""
-        return "models with few parameters that are not zero"
+        return "models with few nonzero parameters"
 
     def server_rule(self, state: ModelOnly, mean_message: Tensor, sampling_prob: float) -> tuple[Tensor, ModelOnly]:
         """See `Method.server_rule`."""

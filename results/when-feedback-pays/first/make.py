@@ -28,8 +28,8 @@ from fedpriv.experiment.results import load_model
 from fedpriv.sweeps.config import Axis, Sweep
 from fedpriv.sweeps.run import run_sweep
 
-HERE = Path(__file__).parents[1]
-sys.path[:0] = [str(HERE.parents[0] / "benchmarks")]
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parents[1] / "benchmarks")]
 
 from page import fill  # noqa: E402
 from page import table as markdown  # noqa: E402
