@@ -2,8 +2,8 @@
 
 Each query describes a record by a few entries (place, value) of a vector phi with norm at most `norm`. An analysis
 joins the queries to one vector of norm at most 1: query j is multiplied by sqrt(share_j) / norm_j, and the shares sum
-to 1. One Gaussian mechanism then answers all of them, and query j alone costs sqrt(share_j) of its mu. If a client's
-records are summed, only the whole vector has a bound: there, each query alone costs as much as all.
+to 1. One Gaussian mechanism then answers all of them, and query j alone costs sqrt(share_j) of its mu. If the records
+of a client are summed, only the whole vector has a bound: there, each query alone costs as much as all.
 
 | query | phi of a record | norm | replacing a record moves phi by |
 |---|---|---|---|

@@ -183,6 +183,10 @@ def test_the_account_is_that_of_the_client_visited_most(trials: int) -> None:
     assert 2 <= most < 30
     assert experiment.plan.adjacency == "replace"
     assert experiment.plan.epsilon == pytest.approx(by_hand, rel=0.01)
+    caveats = experiment.plan.sampling.caveats(
+        trust=experiment.plan.trust_rules, adjacency="replace", client_memory=False, rounds=experiment.plan.rounds
+    )
+    assert "stands for every other client on the graph" in caveats
 
 
 @pytest.mark.parametrize("trust", ["central", "aggregator"])
