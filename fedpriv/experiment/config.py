@@ -20,7 +20,7 @@ from fedpriv.data.partitions import PARTITIONS, Natural, Partition, Resampled
 from fedpriv.data.shifts import SHIFTS, Shift
 from fedpriv.data.validation import TESTS
 from fedpriv.errors import UserError, nearest
-from fedpriv.experiment.analyses.constants import standardized
+from fedpriv.experiment.analyses.constants import check_same_clients, standardized
 from fedpriv.experiment.analyses.tables import as_experiment
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.schema import NAMED, field_names, read_table, refuse_unknown, write_table
@@ -622,7 +622,10 @@ def load_config(source: Path | str | Table, settings: Sequence[str] = ()) -> Con
         UserError: If it is not a valid experiment.
     """
     tables = dict(source) if isinstance(source, Mapping) else read_config_file(Path(source))
-    return parse_config(standardized(with_whole_paths(apply_settings(tables, settings), Path.cwd())))
+    whole = with_whole_paths(apply_settings(tables, settings), Path.cwd())
+    config = parse_config(standardized(whole))
+    check_same_clients(whole, config.tables)
+    return config
 
 
 def read_config_file(path: Path) -> dict[str, object]:

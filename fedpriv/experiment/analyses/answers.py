@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fedpriv.analytics.statistics import Statistics
 from fedpriv.experiment.analyses.answers_file import ANALYSIS_FILE
+from fedpriv.experiment.analyses.clients import clients_of
 from fedpriv.experiment.build import Experiment
 from fedpriv.mechanisms.gaussian import release_grid
 from fedpriv.privacy import PrivacyPlan
@@ -58,6 +59,7 @@ def answers_of(experiment: Experiment, vector: Tensor) -> Record | None:
         "name": config.name,
         "digest": config.digest,
         "clients": clients,
+        "clients_of": clients_of(config.tables),
         "weight": "every client counts as one" if model.records is None else "records",
         "records": model.records,
         **_promise(plan, before or 0.0),

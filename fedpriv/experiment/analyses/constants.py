@@ -8,11 +8,12 @@ from pathlib import Path
 from fedpriv.clock import SCHEDULES
 from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.analyses.answers_file import ANALYSIS_FILE
+from fedpriv.experiment.analyses.clients import refuse_other_clients
 from fedpriv.experiment.schema import read_table
 from fedpriv.privacy import REPLACE_FACTOR, Trust, adjacency_of, trust_of, unit_name
 from fedpriv.tables import Record, Table
 
-__all__ = ["standardized"]
+__all__ = ["check_same_clients", "standardized"]
 
 
 def standardized(tables: Table) -> dict[str, object]:
@@ -37,6 +38,19 @@ def standardized(tables: Table) -> dict[str, object]:
     if isinstance(privacy := tables.get("privacy"), Mapping):
         made["privacy"] = {**privacy, **_cost(tables, privacy, found, folder)}
     return made
+
+
+def check_same_clients(tables: Table, resolved: Record) -> None:
+    """Raise UserError if a private run takes constants from an analysis of other clients.
+
+    Args:
+        tables: The config with the key `data.standardize`, if it has it.
+        resolved: Its resolved tables.
+    """
+    data = tables.get("data")
+    if isinstance(data, Mapping) and "standardize" in data and "privacy" in resolved:
+        folder = Path(str(data["standardize"]))
+        refuse_other_clients(_read(folder / ANALYSIS_FILE).get("clients_of"), resolved, folder)
 
 
 def _read(path: Path) -> Record:
