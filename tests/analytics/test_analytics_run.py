@@ -308,6 +308,8 @@ def test_more_colluders_than_in_the_analysis_are_refused(tmp_path: Path) -> None
     load_config({**made, "aggregation": {"colluders": 2}})
     with pytest.raises(UserError, match="expected an analysis that allows 3 colluders"):
         load_config({**made, "aggregation": {"colluders": 3}})
+    with pytest.raises(UserError, match="expected an analysis with the same helpers, got 1"):
+        load_config({**made, "aggregation": {"colluders": 2, "helpers": 3}})
 
 
 def test_the_sum_of_a_client_may_give_one_answer_the_whole_length(data: Path, tmp_path: Path) -> None:

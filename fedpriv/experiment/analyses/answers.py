@@ -74,7 +74,7 @@ def _promise(plan: PrivacyPlan | None, before: float) -> dict[str, object]:
     Sampling is not credited in mu.
     """
     if plan is None:
-        absent = ("epsilon", "delta", "unit", "trust", "adjacency", "colluders", "mu")
+        absent = ("epsilon", "delta", "unit", "trust", "adjacency", "colluders", "helpers", "mu")
         return {"private": False, "adversary": "none: not private", **dict.fromkeys(absent)}
     multiplier = plan.noise_multiplier
     return {
@@ -86,6 +86,7 @@ def _promise(plan: PrivacyPlan | None, before: float) -> dict[str, object]:
         "trust": plan.trust,
         "adjacency": plan.adjacency,
         "colluders": None if plan.aggregation is None else plan.aggregation.colluders,
+        "helpers": None if plan.aggregation is None else plan.aggregation.helpers,
         "mu": math.hypot(math.sqrt(plan.releases.charged(plan.rounds)) / multiplier, before) if multiplier else None,
     }
 

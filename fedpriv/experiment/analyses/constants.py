@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 from fedpriv.clock import SCHEDULES
 from fedpriv.errors import UserError, nearest
@@ -75,7 +76,7 @@ def _check_promise(found: Record) -> None:
     trust_of(found["trust"])
     unit_name(found["unit"])
     adjacency_of(found["adjacency"])
-    for key in ("mu", "colluders"):
+    for key in ("mu", "colluders", "helpers"):
         value = found.get(key) or 0
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
             raise ValueError(f"{key} = {value!r}")
@@ -149,10 +150,20 @@ def _default_adjacency(tables: Table, trust: Trust) -> str:
 
 
 def _refuse_more_colluders(tables: Table, trust: Trust, found: Record, folder: Path) -> None:
-    """Raise UserError if more clients may collude in the run than in the analysis."""
+    """Raise UserError if more clients or other helpers may collude in the run than in the analysis.
+
+    One honest helper suffices, but it must be the same one in both.
+    """
+    if not (trust.secure_sums and trust_of(found["trust"]).secure_sums):
+        return
     sums = tables.get("aggregation")
-    colluders = sums.get("colluders", 0) if isinstance(sums, Mapping) else 0
-    if trust.secure_sums and trust_of(found["trust"]).secure_sums and colluders > (found.get("colluders") or 0):
+    given = dict(cast(Table, sums)) if isinstance(sums, Mapping) else {}
+    colluders, helpers = given.get("colluders", 0), given.get("helpers", 1)
+    if cast(int, colluders) > (found.get("colluders") or 0):
         remedy = f"Repeat the analysis with aggregation.colluders = {colluders}"
         expected = f"an analysis that allows {colluders} colluders"
         raise UserError("data.standardize", expected, f"{found.get('colluders') or 0} in {folder}", remedy)
+    if helpers != (found.get("helpers") or 1):
+        remedy = f"Repeat the analysis with the helpers of this run, aggregation.helpers = {helpers}"
+        expected = "an analysis with the same helpers"
+        raise UserError("data.standardize", expected, f"{found.get('helpers') or 1} in {folder}", remedy)
