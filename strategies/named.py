@@ -58,7 +58,7 @@ class NamedStrategy(MethodStrategy):
             deployment (`fedpriv.deploy.parties.named_helpers`). None for other trusts, and for a simulation.
         options: The method's hyperparameters, and further arguments of `MethodStrategy`: `evaluate`, `join_timeout`,
             `max_failures`, `trainable`, `frozen`, `heads` and `round_seconds`; and `out`, the run directory or a
-            `RunFolder`, whose unfinished run is resumed.
+            `RunFolder`; an unfinished run in it is resumed.
 
     Raises:
         UserError: If an option is unknown or out of range.

@@ -69,9 +69,6 @@ SCHEDULES, TIMELINE = "fedpriv/clock/schedules.py", "fedpriv/clock/timeline.py"
 TIMED, CHARGED = "tests/clock/test_clock_timeline.py", "tests/clock/test_clock_privacy.py"
 WALKED, SPARSE = "tests/clock/test_clock_token.py", "tests/methods/test_methods_sparse.py"
 CLOCKED = "tests/clock/test_clock_run.py"
-SCHEDULES, TIMELINE = "fedpriv/clock/schedules.py", "fedpriv/clock/timeline.py"
-TIMED, CHARGED = "tests/clock/test_clock_timeline.py", "tests/clock/test_clock_privacy.py"
-CLOCKED = "tests/clock/test_clock_run.py"
 SCORING, TUNED = "fedpriv/sweeps/tuning_score.py", "tests/sweeps/test_sweeps_tuning.py"
 AUDITED, ATTACKED = "tests/audit/test_audit_faults.py", "tests/audit/test_audit_run.py"
 
@@ -756,8 +753,8 @@ MUTANTS = [
     Mutant(
         "runs with another source share their noise",
         "fedpriv/experiment/config.py",
-        '"devices", "schedule", "sources", "task")',
-        '"devices", "schedule", "task")',
+        '"devices", "schedule", "sources", "task", "adapter")',
+        '"devices", "schedule", "task", "adapter")',
         "tests/experiment/test_experiment_own.py",
     ),
     Mutant(
@@ -1695,14 +1692,14 @@ MUTANTS = [
     Mutant(
         "a checksum of the data is in the summary",
         "fedpriv/experiment/recorder.py",
-        '"seed": config.seed,',
-        '"seed": f"{config.seed} {self.experiment.population.federation.fingerprint}",',
+        "seed=config.seed,",
+        'seed=f"{config.seed} {self.experiment.population.federation.fingerprint}",',
         RELEASED,
     ),
     Mutant(
         "speed says how many of a hidden cohort took part",
         "fedpriv/experiment/recorder.py",
-        'row["cohort_size"] if plan is None else expected for row',
+        'row["cohort_size"] if plan is None else facts.expected_cohort for row',
         'row["cohort_size"] for row',
         RELEASED,
     ),
@@ -2107,8 +2104,8 @@ MUTANTS = [
     ),
     Mutant(
         "drop-in: a run whose updates were all not finite ends well",
-        "strategies/method_strategy.py",
-        "        if 0 < self._messages == self._non_finite:",
+        "fedpriv/flower/server/attendance.py",
+        "        if 0 < self.messages == self.non_finite:",
         "        if False:",
         FAILURES,
     ),
@@ -3362,7 +3359,7 @@ MUTANTS = [
     Mutant(
         "correlated: noise that no local message can have",
         "fedpriv/privacy/plan.py",
-        "if not trust_of(self.trust).trusts_server:",
+        "if not trust.trusts_server and not (self.noise is None and trust.shows_messages):",
         "if False:",
         OF_CORRELATION,
     ),

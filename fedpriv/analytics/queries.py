@@ -2,8 +2,8 @@
 
 Each query describes a record by a few entries (place, value) of a vector phi with norm at most `norm`. An analysis
 joins the queries to one vector of norm at most 1: query j is multiplied by sqrt(share_j) / norm_j, and the shares sum
-to 1. One Gaussian mechanism then answers all of them, and query j alone costs sqrt(share_j) of its mu. Of a client
-whose records are summed, only the whole vector has a bound: there, each query alone costs as much as all.
+to 1. One Gaussian mechanism then answers all of them, and query j alone costs sqrt(share_j) of its mu. If the records
+of a client are summed, only the whole vector has a bound: there, each query alone costs as much as all.
 
 | query | phi of a record | norm | replacing a record moves phi by |
 |---|---|---|---|
@@ -28,7 +28,6 @@ from torch import Tensor
 
 from fedpriv.analytics.tree import cumulative
 from fedpriv.errors import UserError, nearest, plural
-from fedpriv.tables import Record
 
 __all__ = [
     "KINDS",
@@ -131,7 +130,7 @@ class Query(Protocol):
         """Return the entries of phi for inputs `[records, *input_shape]`; None if phi depends on the labels alone."""
         ...
 
-    def answer(self, seen: Seen) -> Record:
+    def answer(self, seen: Seen) -> dict[str, object]:
         """Return values and standard errors for JSON."""
         ...
 
@@ -183,7 +182,7 @@ class Count(_Asked):
         ones = inputs.new_ones((len(inputs), 1), dtype=torch.float32)
         return Entries(torch.zeros_like(ones, dtype=torch.int64), ones)
 
-    def answer(self, seen: Seen) -> Record:
+    def answer(self, seen: Seen) -> dict[str, object]:
         """See `Query.answer`."""
         return {"value": seen.unit * float(seen.mean[0]), "standard_error": seen.unit * seen.stddev}
 
@@ -211,7 +210,7 @@ class Labels(_Asked):
         """Return None: the loss adds the entry of the label."""
         return
 
-    def answer(self, seen: Seen) -> Record:
+    def answer(self, seen: Seen) -> dict[str, object]:
         """See `Query.answer`."""
         return _bins(seen)
 
@@ -260,7 +259,7 @@ class Categories(_Asked):
             raise missing_place(self.key("column"), start + self.size(0) - 1, flat.shape[1])
         return Entries(torch.arange(self.size(0), device=flat.device).expand(values.shape), values)
 
-    def answer(self, seen: Seen) -> Record:
+    def answer(self, seen: Seen) -> dict[str, object]:
         """See `Query.answer`."""
         return _bins(seen)
 
@@ -339,7 +338,7 @@ class Histogram(_OfColumn):
         at = (self._place_in_range(inputs) * self.bins).long().clamp(max=self.bins - 1)
         return Entries(at[:, None], torch.ones_like(at[:, None], dtype=torch.float32))
 
-    def answer(self, seen: Seen) -> Record:
+    def answer(self, seen: Seen) -> dict[str, object]:
         """See `Query.answer`."""
         return {**_bins(seen), "edges": self._edges(self.bins).tolist()}
 
@@ -385,7 +384,7 @@ class Quantiles(_OfColumn):
         stacked = torch.stack(places, dim=1)
         return Entries(stacked, torch.ones_like(stacked, dtype=torch.float32))
 
-    def answer(self, seen: Seen) -> Record:
+    def answer(self, seen: Seen) -> dict[str, object]:
         """See `Query.answer`. `rank_error` is at least the standard error of the share of records below a value."""
         shares = cumulative(seen.mean, self.levels, total=1.0 if seen.total is None else None)
         total = max(float(shares[-1]), 1e-12)
@@ -505,7 +504,7 @@ class Moments(_Asked):
         low, high = ([column.prepared(raw) for column, raw in zip(found, end, strict=True)] for end in ends)
         return low, high
 
-    def answer(self, seen: Seen) -> Record:
+    def answer(self, seen: Seen) -> dict[str, object]:
         """See `Query.answer`. Standard errors of variances, and of ratios, are those of the linear part (delta method).
 
         A standard deviation is at least the root of the variance's standard error, so that inputs may be divided by it.
@@ -568,7 +567,7 @@ def vector_scales(queries: Sequence[Query]) -> list[float]:
     return [math.sqrt(rest if query.share is None else query.share) / query.norm() for query in queries]
 
 
-def _bins(seen: Seen) -> Record:
+def _bins(seen: Seen) -> dict[str, object]:
     return {"value": (seen.unit * seen.mean).tolist(), "standard_error": seen.unit * seen.stddev}
 
 

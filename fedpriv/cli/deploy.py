@@ -144,9 +144,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @deploy.command()
 def status(
     folder: StatusDir,
-    run: Annotated[
-        Path | None, typer.Option(help="Run directory whose rounds are shown.", show_default="the newest")
-    ] = None,
+    run: Annotated[Path | None, typer.Option(help="Run directory to show.", show_default="the newest")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show it again every two seconds, until Ctrl-C.")] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -148,7 +148,7 @@ class Token:
         graph = Graph.of(population, edges)
         apart = graph.unreachable(self.start)
         if len(apart):
-            got = f"no path from client {self.start} to client {apart[0]}, nor to {len(apart) - 1} others"
+            got = f"{len(apart)} clients without a path from client {self.start}; the first is {apart[0]}"
             raise UserError(file, "a connected graph", got, "Add edges until every client can be reached")
         return graph
 

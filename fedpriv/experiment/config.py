@@ -20,7 +20,7 @@ from fedpriv.data.partitions import PARTITIONS, Natural, Partition, Resampled
 from fedpriv.data.shifts import SHIFTS, Shift
 from fedpriv.data.validation import TESTS
 from fedpriv.errors import UserError, nearest
-from fedpriv.experiment.analyses.constants import standardized
+from fedpriv.experiment.analyses.constants import check_same_clients, standardized
 from fedpriv.experiment.analyses.tables import as_experiment
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.schema import NAMED, field_names, read_table, refuse_unknown, write_table
@@ -185,7 +185,7 @@ class PrivacyChoice:
             reported with noise; see `fedpriv.methods.side_values`. None for no such report.
         metrics_max_loss: The largest loss of a client that counts there; None for 5.
         draw: The number of a trial of a tuning, which decides noise and cohorts alone. None for other runs.
-        analyses: Names of the analyses of the same clients whose answers the run uses; `data.standardize` sets them.
+        analyses: Names of earlier analyses of the same clients. The run uses their answers; see `data.standardize`.
         analyses_mu: Together they are one Gaussian mechanism with this mu, under the run's adjacency.
 
     Raises:
@@ -622,7 +622,10 @@ def load_config(source: Path | str | Table, settings: Sequence[str] = ()) -> Con
         UserError: If it is not a valid experiment.
     """
     tables = dict(source) if isinstance(source, Mapping) else read_config_file(Path(source))
-    return parse_config(standardized(with_whole_paths(apply_settings(tables, settings), Path.cwd())))
+    whole = with_whole_paths(apply_settings(tables, settings), Path.cwd())
+    config = parse_config(standardized(whole))
+    check_same_clients(whole, config.tables)
+    return config
 
 
 def read_config_file(path: Path) -> dict[str, object]:

@@ -33,7 +33,7 @@ __all__ = [
     "safetensors_pieces",
 ]
 
-FILES = tuple(output.name for output in OUTPUTS if output.left)
+FILES = (*(output.name for output in OUTPUTS if output.left), "analysis.json")
 """The files that a finished run leaves in its directory."""
 
 DIAGNOSTICS_FILE = "diagnostics.json"

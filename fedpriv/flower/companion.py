@@ -115,7 +115,7 @@ def fork_apps(lock: str, program: str = _CLIENT_APP, *modules: str) -> None:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the node, too, which closes the input
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the processes are not waited for
     while line := sys.stdin.readline():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -53,6 +53,11 @@ _SCHEMES = {
     "token": "the model travels along a graph of clients, and the next client sees each message (token walk)",
 }
 
+_WITHOUT_SERVER = (
+    " No server is needed: each client takes a step itself and hands the model on. The server in this statement stands "
+    "for every other client on the graph, which may see all models and, from two of them, the noised message between."
+)
+
 
 class Sampling(Protocol):
     """The rule that decides which clients take part in a round; a frozen dataclass.
@@ -625,7 +630,7 @@ class Scheduled:
         return (
             "Before the run, a timeline decides which clients count in which step, and with which weight. It is "
             "treated as known to everyone: participation is visible, and no amplification by sampling is claimed. "
-            f"Epsilon is that of the client {charged}."
+            f"Epsilon is that of the client {charged}." + (_WITHOUT_SERVER if self.scheme == "token" else "")
         )
 
     def moved(self, trust: Trust) -> str:

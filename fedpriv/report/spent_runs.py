@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedpriv.errors import UserError
+from fedpriv.experiment.analyses.clients import CONSTANTS
 from fedpriv.experiment.config import NOISE_TABLES, with_bare_names
 from fedpriv.experiment.run_directory import RunDirectory, flat_tables
 from fedpriv.plugins import bare_reference
@@ -20,9 +21,6 @@ __all__ = ["Run", "finite", "name_of", "read_run"]
 
 # The rounds of real devices, one row each; only deployments have this file.
 _PARTICIPATION = "participation.jsonl"
-
-# Keys of [data] that scale the clients' examples, and that an analysis of the same clients may have set.
-_CONSTANTS = ("numeric", "mean", "std")
 
 State = Literal["finished", "stopped", "unfinished", "tuning"]
 """The state of a run, or `tuning` for a tuning that counts as one run."""
@@ -135,7 +133,7 @@ def clients_of(config: Record, *, deployed: bool) -> dict[str, object]:
     clients of a data set, and real devices, are the same for every seed and every other value of the table: runs on
     some of them are charged to all.
     """
-    data = {key: value for key, value in config["data"].items() if key not in _CONSTANTS}
+    data = {key: value for key, value in config["data"].items() if key not in CONSTANTS}
     data["name"] = bare_reference(config["data"]["name"])
     if deployed:
         return {"name": data["name"], "clients": "of a deployment"}

@@ -154,7 +154,7 @@ def _dots(panel: Axes, rows: pd.DataFrame) -> None:
     panel.tick_params(axis="y", labelsize=8)
     panel.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     panel.grid(axis="x", alpha=0.3)
-    panel.set_xlabel("test accuracy, with standard deviation")
+    panel.set_xlabel("test accuracy, with standard deviation", fontsize=8)
 
 
 def in_words(rows: pd.DataFrame) -> pd.DataFrame:

@@ -109,7 +109,7 @@ def test_without_noise_answers_are_those_of_the_records() -> None:
     model = model_of(*QUERIES)
     mean = vectors(model).double().mean(dim=0).numpy()
     seen = model.seen(mean, LABELS, 0.0, 10)
-    answers = {query.name: query.answer(seen[query.name]) for query in model.asked}
+    answers: dict[str, Any] = {query.name: query.answer(seen[query.name]) for query in model.asked}
     inputs, labels = (part.numpy() for part in records())
     column = np.clip(np.nan_to_num(inputs[:, 0]), -1.0, 2.0)
     assert answers["labels"]["value"] == pytest.approx([0.25] * 4, abs=1e-6)
@@ -128,7 +128,7 @@ def test_standard_errors_of_linear_answers_are_their_slopes_times_the_noise() ->
     for query in QUERIES[:4]:
         size = query.size(LABELS)
         zero, one = np.zeros(size), np.eye(1, size)[0]
-        at = [query.answer(Seen(mean, 0.1, 30.0)) for mean in (zero, one)]
+        at: list[Any] = [query.answer(Seen(mean, 0.1, 30.0)) for mean in (zero, one)]
         moved = np.ravel(at[1]["value"])[0] - np.ravel(at[0]["value"])[0]
         assert at[0]["standard_error"] == pytest.approx(0.1 * moved) == pytest.approx(3.0)
 
@@ -147,7 +147,7 @@ def test_variances_are_unbiased_and_their_standard_error_is_exact() -> None:
     )
     values = {key: np.array([[one[key][0] for one in row] for row in found]) for key in ("mean", "variance")}
     probs = np.outer(weights, weights)
-    exact = query.answer(Seen(np.array([first, second - 0.5]), stddev, None))
+    exact: Any = query.answer(Seen(np.array([first, second - 0.5]), stddev, None))
     for key, truth in (("mean", 1.0 + 4.0 * first), ("variance", 16.0 * (second - first**2))):
         mean = float((probs * values[key]).sum())
         assert mean == pytest.approx(truth)

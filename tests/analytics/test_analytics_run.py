@@ -13,6 +13,7 @@ from fedpriv.cli import main
 from fedpriv.cli.analyses.print_answers import print_answers
 from fedpriv.cli.print_run import print_summary
 from fedpriv.errors import UserError
+from fedpriv.experiment.analyses.clients import clients_of, refuse_other_clients
 from fedpriv.experiment.run import run_experiment
 from fedpriv.privacy import Everyone, Poisson, PrivacyPlan, make_plan, rounded_up
 from fedpriv.privacy.gaussian import gaussian_epsilon
@@ -249,7 +250,8 @@ def test_the_cost_is_counted_in_the_units_of_the_training_or_refused(
     config = load_config(tables(privacy=asked))
     plan = {"unit": "client", "trust": "central", "adjacency": "add-or-remove", **asked}
     moments = {"kind": "moments", "columns": ["a"], "mean": [4.0], "std": [1.0]}
-    content = {"name": config.name, "mu": 0.5, **plan, "answers": {"scale": moments}}
+    clients = clients_of(config.tables)
+    content = {"name": config.name, "mu": 0.5, **plan, "clients_of": clients, "answers": {"scale": moments}}
     (tmp_path / "analysis.json").write_text(json.dumps(content))
     made = without_none(training(tmp_path, **trained))
     if trained.get("unit") == "example":
@@ -266,6 +268,7 @@ def test_the_cost_is_counted_in_the_units_of_the_training_or_refused(
 def write_answers(folder: Path, **change: Any) -> Path:
     moments = {"kind": "moments", "columns": ["a"], "mean": [4.0], "std": [1.0]}
     plan = {"unit": "client", "trust": "central", "adjacency": "add-or-remove", "mu": 0.5}
+    plan["clients_of"] = clients_of(load_config(tables()).tables)
     (folder / "analysis.json").write_text(json.dumps({"name": "asked", **plan, "answers": {"s": moments}, **change}))
     return folder
 
@@ -315,12 +318,41 @@ def test_answers_with_an_unknown_promise_are_refused(change: dict[str, Any], tmp
         load_config(without_none(training(write_answers(tmp_path, **change))))
 
 
+@pytest.mark.parametrize("change", [{"file": "others.csv"}, {"client": "b"}], ids=str)
+def test_an_analysis_of_other_clients_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    made = without_none(training(write_answers(tmp_path)))
+    made["data"] |= change
+    with pytest.raises(UserError, match=r"data\.standardize: expected an analysis of the same clients"):
+        load_config(made)
+    del made["privacy"]
+    load_config(made)
+
+
+@pytest.mark.parametrize("change", ["seed=2", "data.clients=30", "data.partition=dirichlet"])
+def test_another_division_among_clients_is_refused(change: str, tmp_path: Path) -> None:
+    tables = {"name": "a", "seed": 1, "model": {"name": "softmax"}}
+    tables |= {"data": {"name": "digits", "clients": 20, "partition": "iid"}}
+    tables |= {"method": {"name": "dp-fedavg"}, "training": {"rounds": 1}}
+    asked = clients_of(load_config(tables).tables)
+    refuse_other_clients(asked, load_config(tables, ["training.rounds=2"]).tables, tmp_path)
+    with pytest.raises(UserError, match=r"data\.standardize: expected an analysis of the same clients"):
+        refuse_other_clients(asked, load_config(tables, [change]).tables, tmp_path)
+
+
+def test_natural_clients_are_the_same_for_every_seed_and_number(tmp_path: Path) -> None:
+    made = without_none(training(write_answers(tmp_path)))
+    made["data"] |= {"clients": 3}
+    load_config({**made, "seed": 8})
+
+
 def test_more_colluders_than_in_the_analysis_are_refused(tmp_path: Path) -> None:
     folder = write_answers(tmp_path, trust="aggregator", adjacency="replace", colluders=2)
     made = without_none(training(folder, trust="aggregator"))
     load_config({**made, "aggregation": {"colluders": 2}})
     with pytest.raises(UserError, match="expected an analysis that allows 3 colluders"):
         load_config({**made, "aggregation": {"colluders": 3}})
+    with pytest.raises(UserError, match="expected an analysis with the same helpers, got 1"):
+        load_config({**made, "aggregation": {"colluders": 2, "helpers": 3}})
 
 
 def test_the_sum_of_a_client_may_give_one_answer_the_whole_length(data: Path, tmp_path: Path) -> None:

@@ -183,6 +183,10 @@ def test_the_account_is_that_of_the_client_visited_most(trials: int) -> None:
     assert 2 <= most < 30
     assert experiment.plan.adjacency == "replace"
     assert experiment.plan.epsilon == pytest.approx(by_hand, rel=0.01)
+    caveats = experiment.plan.sampling.caveats(
+        trust=experiment.plan.trust_rules, adjacency="replace", client_memory=False, rounds=experiment.plan.rounds
+    )
+    assert "stands for every other client on the graph" in caveats
 
 
 @pytest.mark.parametrize("trust", ["central", "aggregator"])
@@ -234,7 +238,7 @@ def test_a_mistake_is_one_line(settings: list[str], where: str, says: str) -> No
         ("from,to\n0,-1\n", "line 2"),
         ("from,to\n1,1\n", "two different"),
         ("from,to\n0,12\n", "below 12"),
-        ("from,to\n0,1\n2,3\n", "no path from client 0 to client 2, nor to 9 others"),
+        ("from,to\n0,1\n2,3\n", "10 clients without a path from client 0; the first is 2"),
     ],
 )
 def test_a_mistake_in_a_file_of_edges_is_one_line(tmp_path: Path, text: str, says: str) -> None:

@@ -150,6 +150,7 @@ def test_the_extras_are_those_that_errors_name(requirements: list[Requirement]) 
     assert everything.extras == set(EXTRAS) - {"onnx"}
     assert "fedpriv[all]" in extras["dev"]
     named = {"sklearn": "scikit-learn", "PIL": "pillow", "mlflow": "mlflow-skinny", "flwr_datasets": "flwr-datasets"}
+    named["prometheus_client"] = "prometheus-client"
     for extra, packages in EXTRAS.items():
         brought = asked_for(requirements, extra)
         assert {named.get(package, package) for package in packages} <= {r.name.lower() for r in brought}, extra

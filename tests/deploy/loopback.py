@@ -58,7 +58,7 @@ class Loopback:
                 start_new_session=True,
             )
         if name == "server":
-            wait_until(self._listens, 60.0, self.log(name))
+            wait_until(self._listens, 240.0, self.log(name))
 
     def start_all(self) -> None:
         """Start the server, register all keys, and start the nodes."""
@@ -71,12 +71,12 @@ class Loopback:
 
     def register(self) -> None:
         """Register the nodes' keys with the server."""
-        subprocess.run(["sh", "register.sh"], cwd=self.folder / "admin", env=self.environment, check=True, timeout=120)
+        subprocess.run(["sh", "register.sh"], cwd=self.folder / "admin", env=self.environment, check=True, timeout=300)
 
     def deploy(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run `fedpriv deploy`."""
         command = [*FEDPRIV, "deploy", *arguments]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=300)
 
     def kill(self, name: str) -> None:
         """Send SIGKILL to `server` or `node-I`; its own processes have to end by themselves."""

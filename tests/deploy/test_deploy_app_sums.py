@@ -408,7 +408,7 @@ class Chaos(Nodes):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.sampled
 def test_memories_agree_on_a_network_that_fails(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever did not count, and all clients of a void round, are as if they had never been asked."""
+    """Clients that did not count, and all clients of a void round, are as if they had never been asked."""
     privacy, rounds = Privacy(epsilon=50.0, trust="aggregator", least_survivors=3), 8
     voids = 0
     for seed in range(int(os.environ.get("FEDPRIV_CHAOS", "1"))):

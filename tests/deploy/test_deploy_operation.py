@@ -11,11 +11,12 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 import yaml
 from deploy_names import HOST
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from loopback import FEDPRIV, Loopback, free_port, wait_until
 from test_deploy_member import ask, policy, turn
 
@@ -26,7 +27,7 @@ from fedpriv.deploy.operate import json_lines
 from fedpriv.deploy.operate.expiry import Ending, endings, warnings
 from fedpriv.deploy.operate.health import health
 from fedpriv.deploy.operate.metrics import NodeBudget, node_budgets, serve_metrics
-from fedpriv.deploy.operate.tally import Counts, Tally, all_counts
+from fedpriv.deploy.operate.tally import Counts, Tally, all_counts, bytes_of
 from fedpriv.deploy.setup.compose import metrics_port
 from fedpriv.deploy.setup.provision import Deployment, add_nodes, init_deployment
 from fedpriv.errors import UserError
@@ -36,7 +37,8 @@ KEYS = {"time", "level", "source", "name", "message"}
 NOW = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 
 OUTPUT = b"""\x1b[92mINFO \x1b[0m:      Starting Flower SuperLink
-INFO:     Uvicorn running on https://127.0.0.1:9092
+2026-11-29T15:59:10.772Z INFO [uvicorn.error] Uvicorn running on https://127.0.0.1:9092
+2026-11-29T15:59:11.000Z \x1b[31mERROR\x1b[0m [uvicorn.error] Exception in ASGI application
 \x1b[93mWARNING \x1b[0m:   turn 2: client 1 refuses (budget): epsilon
     continued
 fedpriv: the server's certificate ends in 3 days
@@ -59,7 +61,8 @@ def test_every_event_is_one_json_object_with_the_same_keys_and_a_time() -> None:
         assert abs((datetime.datetime.now(datetime.UTC) - at).total_seconds()) < 60
     assert [(event["level"], event["message"]) for event in events] == [
         ("info", "Starting Flower SuperLink"),
-        ("info", "Uvicorn running on https://127.0.0.1:9092"),
+        ("info", "[uvicorn.error] Uvicorn running on https://127.0.0.1:9092"),
+        ("error", "[uvicorn.error] Exception in ASGI application"),
         ("warning", "turn 2: client 1 refuses (budget): epsilon\n    continued"),
         ("warning", "the server's certificate ends in 3 days"),
         ("info", "a line that is no record"),
@@ -90,7 +93,7 @@ def test_the_ends_are_those_in_the_files(made: Path) -> None:
 
 def turns(tally: Tally) -> None:
     tally.sent([RecordDict({"a": ConfigRecord({"b": b"x" * 100})})])
-    tally.received([RecordDict({"a": ConfigRecord({"b": b"x" * 10})})])
+    tally.received([RecordDict({"a": ConfigRecord({"b": b"x" * 10, "none": "", "nothing": []})})])
     tally.turn("applied", 2.5, 3.0, {"answers": 3, "unusable": 1, "missing": 2, "refusals": ["budget", "budget"]})
     tally.turn("too few", 1.5, 2.0, {"answers": 1, "unusable": 0, "missing": 5, "refusals": ["policy"]})
 
@@ -104,6 +107,12 @@ def shown(port: int) -> dict[str, float]:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
         lines = [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def test_sizes_of_messages_include_empty_texts_and_lists() -> None:
+    values = {"text": "", "other": "ab", "list": [], "numbers": [1.0, 2.0], "flag": True, "bytes": b"abc"}
+    content = RecordDict({"a": ConfigRecord(values), "b": ConfigRecord({})})
+    assert bytes_of(content) == len("".join(values)) + 2 + 16 + 1 + 3
 
 
 def test_metrics_of_a_run_are_its_counts_also_after_a_resumption(
@@ -151,6 +160,14 @@ def test_a_run_whose_counts_cannot_be_read_or_written_goes_on(tmp_path: Path, mo
     assert counted.counts.answers == 4
 
 
+def test_the_size_of_a_message_is_that_of_its_names_and_values() -> None:
+    """Nodes may send empty values, and lists of any kind."""
+    arrays = ArrayRecord({"w": Array(np.zeros(4))})
+    values = ConfigRecord({"a": "", "b": [], "c": True, "d": [b"", b"xyz"], "e": 2.0})
+    assert bytes_of(RecordDict({"a": values, "m": MetricRecord({"f": [1, 2], "g": 3})})) == 5 + 1 + 3 + 8 + 2 + 24
+    assert bytes_of(RecordDict({"a": arrays})) == 1 + len(arrays["w"].data)
+
+
 def fails(*_: Any) -> None:
     raise OSError(28, "no space left on device")
 
@@ -190,7 +207,7 @@ def test_a_node_is_healthy_while_it_runs_and_hears_from_the_server(deployment: P
         assert health(node) == "the server answered 0 s ago"
         long_ago = time.time() - 100
         os.utime(node / "flower" / "alive", (long_ago, long_ago))
-        with pytest.raises(UserError, match="none for 100 s"):
+        with pytest.raises(UserError, match="silence for 100 s"):
             health(node)
 
 
@@ -273,6 +290,7 @@ def test_nothing_in_a_compose_file_is_left_to_fill_in(composed: Path) -> None:
         assert re.findall(r"\$", json.dumps(values).replace("${FEDPRIV_USER:?", "")) == [], path
 
 
+@pytest.mark.slow
 def test_the_entry_points_of_the_images_run_report_and_are_healthy(tmp_path: Path) -> None:
     """Runs the commands of the containers of a server and a node, with the mounted folder's own path."""
     party = Loopback(tmp_path / "d", nodes=1, seeded=False)

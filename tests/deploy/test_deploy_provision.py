@@ -274,7 +274,7 @@ def test_every_template_is_a_file_of_the_package_and_filled_in(made):
     shipped = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
     assert shipped["tool"]["setuptools"]["package-data"]["fedpriv.deploy.setup"] == ["templates/*"]
     for name, place in written.items():
-        fixed = re.split(r"\$(?:[a-z]+|\$)", (templates / name).read_text(encoding="utf-8"))
+        fixed = re.split(r"\$(?:[a-z_]+|\$)", (templates / name).read_text(encoding="utf-8"))
         left = (made / place).read_text(encoding="utf-8")
         for part in fixed:
             before, found, left = left.partition(part)

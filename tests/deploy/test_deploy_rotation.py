@@ -95,7 +95,7 @@ def test_the_old_key_is_kept_until_the_server_has_answered_the_new_one(
         main_code(["deploy", "rotate", "finish", str(node)], 2)
         said = capsys.readouterr().err
         assert said.count("\n") == 1
-        assert "expected a connection with the new key" in said
+        assert "expected an answer of the server to the new key" in said
         assert "--force" in said
     assert (rotation / "old-node.key").read_bytes() == old != (node / "node.key").read_bytes()
     with pytest.raises(UserError, match=r"rotate finish \S+node-0\.$"):  # no word of removing the old key

@@ -125,6 +125,21 @@ def test_every_file_of_a_sweep_is_in_the_list(tmp_path: Path) -> None:
     assert set().union(*found) >= {"failure.json", "stopped.json", "checkpoint.safetensors", "summary.json"}
 
 
+def test_every_file_of_an_analysis_is_in_the_list_and_has_its_mode(tmp_path: Path) -> None:
+    tables = {"name": "asked", "seed": 1, "data": small().tables["data"], "privacy": {"noise_multiplier": 1.0}}
+    run_experiment(load_config({**tables, "analysis": {"labels": {"kind": "labels"}}}), tmp_path)
+    found = check(tmp_path)
+    assert {"analysis.json", "rounds.jsonl", "summary.json", "diagnostics.json"} <= found
+    assert "analysis.json" not in OWNERS
+    assert "released: analysis.json" in (tmp_path / "privacy.txt").read_text()
+
+
+def test_answers_that_no_run_wrote_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "analysis.json").write_text("{}")
+    with pytest.raises(UserError, match=r"expected a folder without a run's files, got analysis\.json"):
+        RunDirectory(tmp_path).claim("", "digest", resume=False)
+
+
 def test_a_file_that_is_not_in_the_list_cannot_be_written(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     for write in (directory.write_json, directory.append):

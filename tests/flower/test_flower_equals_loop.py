@@ -78,7 +78,7 @@ SUMMED = [
 @pytest.mark.parametrize("method", SUMMED)
 @pytest.mark.sampled
 def test_simulated_secure_aggregation_is_the_loops_to_the_bit(method: dict, side: bool, tmp_path: Path) -> None:
-    """Rounds with too few clients are void: nobody is asked, and the next round has the same batches."""
+    """Rounds with too few clients are void: no client is asked, and the next round has the same batches."""
     experiment = make_experiment(method, {"sampling": "poisson", "probability": 0.5}, SUMS, BATCHES)
     if side:
         tables = {**experiment.config.tables, "adaptive": {}, "privacy": {**SUMS, "metrics_share": 0.1}}

@@ -1,4 +1,4 @@
-"""Adapters are trained, all else stays frozen, and both survive the run. PEFT takes seconds to import."""
+"""Adapters are trained, all else stays frozen, and both survive the run."""
 
 import json
 from pathlib import Path
@@ -31,6 +31,7 @@ def net(input_shape, classes):
     return nn.Sequential(*body, nn.Linear(10, classes))
 """
 LAYERS = ["3"]
+pytestmark = pytest.mark.xdist_group("peft")  # its import takes seconds: by one worker alone
 needs_peft = pytest.mark.usefixtures("peft")
 
 

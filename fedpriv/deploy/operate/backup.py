@@ -61,7 +61,8 @@ def back_up(folder: Path, file: Path) -> str:
     folder, file = folder.resolve(), file.resolve()
     kind = _kind_of(folder)
     if file.exists() or file.is_relative_to(folder):
-        raise UserError(str(file), "a new file outside of the folder", "another place", "Choose another FILE")
+        got = "an existing file" if file.exists() else "a file in the folder"
+        raise UserError(str(file), "a new file outside of the folder", got, "Choose another FILE")
     if kind != "server":
         _refuse_running(folder)
     facts: dict[str, object] = {"kind": kind, "name": folder.name, "time": time.time()}
@@ -115,7 +116,9 @@ def restore(file: Path, folder: Path, heads: Path | None = None, charge: float |
     try:
         kind = _unpack(file, part)
         if folder.exists() and any(folder.iterdir()) and _kind_of(folder) != kind:
-            raise UserError(str(folder), f"the folder of a {kind}, as in the copy", "another one", "Choose another DIR")
+            raise UserError(
+                str(folder), f"the folder of a {kind}, as in the copy", "a different one", "Choose another DIR"
+            )
         line = _settle(kind, part, folder, heads, charge)
         aside = _move_aside(folder)
         part.replace(folder)
@@ -275,7 +278,9 @@ def _unpack(file: Path, part: Path) -> str:
         remedy = "Give a file from fedpriv deploy backup"
         raise UserError(str(file), "a copy of a folder", "a damaged or different file", remedy) from None
     if _kind_of(part) != kind:
-        raise UserError(str(file), f"the copy of a {kind}", "another folder", "Give a file from fedpriv deploy backup")
+        raise UserError(
+            str(file), f"the copy of a {kind}", "that of a different one", "Give a file from fedpriv deploy backup"
+        )
     if (part / _FLOWER).is_dir():
         (part / _FLOWER).chmod(0o700)
     return kind

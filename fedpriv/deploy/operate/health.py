@@ -49,15 +49,17 @@ def _refuse_stopped(lock: Path) -> None:
         return
     except FileNotFoundError:
         pass
-    raise UserError(str(lock.parent.parent), "a running node", "no process", "Start it, and read its log")
+    raise UserError(str(lock.parent.parent), "a running node", "a stopped one", "Start it, and read its log")
 
 
 def _recent(path: Path) -> str:
     try:
         silence = time.time() - path.stat().st_mtime
     except FileNotFoundError:
-        raise UserError("this node", "an answer from the server", "none yet", "Wait, and read its log") from None
+        raise UserError(
+            "this node", "an answer from the server", "silence since the start", "Wait, and read its log"
+        ) from None
     if silence > MAX_SILENCE_SECONDS:
         expected = f"an answer from the server within {MAX_SILENCE_SECONDS:g} s"
-        raise UserError("this node", expected, f"none for {silence:.0f} s", "Read its log, and check the network")
+        raise UserError("this node", expected, f"silence for {silence:.0f} s", "Read its log, and check the network")
     return f"the server answered {silence:.0f} s ago"

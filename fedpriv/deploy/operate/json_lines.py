@@ -2,9 +2,9 @@
 
     python -P json_lines.py SOURCE NAME < OUTPUT
 
-It reads the output of all processes of a server or node from one pipe. Records of Flower's log and of uvicorn begin
-with a level; lines that continue a record, and tracebacks, are part of its message. Any other line is an event of level
-`info`, or `warning` if fedpriv printed it. Times are those of arrival, in UTC.
+It reads the output of all processes of a server or node from one pipe. Records of Flower's log begin with a level,
+those of its HTTP server with a time and a level; lines that continue a record, and tracebacks, are part of its message.
+Any other line is an event of level `info`, or `warning` if fedpriv printed it. Times are those of arrival, in UTC.
 
 The program is run by its path and imports nothing but the standard library. It ends with the last writer of the pipe,
 so that the last words of a process that was killed are still written.
@@ -23,7 +23,9 @@ from datetime import UTC, datetime
 __all__ = ["Events", "main"]
 
 _COLORS = re.compile(r"\x1b\[[0-9;]*m")
-_RECORD = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL)(?: [0-9][0-9:, .-]*)? *: *(.*)", re.DOTALL)
+_LEVEL = "(DEBUG|INFO|WARNING|ERROR|CRITICAL)"
+_RECORD = re.compile(rf"{_LEVEL}(?: [0-9][0-9:, .-]*)? *: *(.*)")
+_SERVER_RECORD = re.compile(rf"[0-9T:.-]+Z {_LEVEL} (\[[\w.]+\] .*)")
 _TRACEBACK = "Traceback (most recent call last):"
 _OWN = "fedpriv: "
 
@@ -52,7 +54,7 @@ class Events:
     def lines(self, text: str) -> Iterator[str]:
         """Take one line of output, without its line break; yield the event before it, if the line begins a new one."""
         line = _COLORS.sub("", text).rstrip()
-        record = _RECORD.fullmatch(line)
+        record = _RECORD.fullmatch(line) or _SERVER_RECORD.fullmatch(line)
         continues = self._in_traceback or line[:1] in (" ", "\t") or not line
         continues |= self._in_record and line.startswith(_TRACEBACK)
         if self._lines and record is None and continues:

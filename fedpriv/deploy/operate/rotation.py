@@ -197,7 +197,7 @@ def refuse_unproven(name: str, handover: Handover, known: dict[int, Head]) -> No
         return
     remedy = "Rotate beside the client's newest ledger: a new key brings no new budget"
     if head is None or head.key != before.key:
-        got = "one without releases" if head is None else "another one, signed with another ledger.key"
+        got = "one without releases" if head is None else "one signed with a different ledger.key"
         raise UserError(name, f"the ledger with {before.lines} releases that the server knows", got, remedy)
     if head.lines < before.lines or (head.lines == before.lines and head.hash != before.hash):
         got = f"an older or changed copy with {head.lines} releases"
@@ -221,13 +221,13 @@ def finish_rotation(folder: Path, *, force: bool = False) -> str:
     place = folder / ROTATION
     if not (place / HANDOVER).is_file():
         remedy = f"Run fedpriv deploy rotate key {folder} first"
-        raise UserError(str(folder), "an open rotation", "none", remedy)
+        raise UserError(str(folder), "an open rotation", "a folder without one", remedy)
     used = all((folder / name).read_bytes() == (place / name).read_bytes() for name in _KEYS)
     if not used:
         _use_new_key(folder, place)
     elif not force and not (folder / "flower" / ALIVE).is_file():
         remedy = f"Start the node once the server has accepted {place / HANDOVER}, or add --force to delete the old key"
-        raise UserError(str(folder), "a connection with the new key", "none yet", remedy)
+        raise UserError(str(folder), "an answer of the server to the new key", "a missing one", remedy)
     if not used and not force:
         return (
             "the new key is in use, and the old one kept. Start the node; it connects once the server has run fedpriv "
@@ -272,7 +272,9 @@ def _ledger_of(folder: Path) -> tuple[int, Head | None]:
     if not ledger.lines:
         if (folder / KEY_FILE).exists():
             remedy = "Restore it: fedpriv deploy restore, or lower the budget as README says"
-            raise UserError(str(state), "the ledger with the heads that ledger.key has signed", "no ledger", remedy)
+            raise UserError(
+                str(state), "the ledger with the heads that ledger.key has signed", "an empty ledger", remedy
+            )
         return client, None
     return client, LedgerKey.at(folder).sign(ledger.lines, ledger.last_hash)
 

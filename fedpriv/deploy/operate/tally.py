@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from flwr.app import RecordDict
+from flwr.app import Array, RecordDict
 
 from fedpriv.files import write_atomically
 
@@ -138,8 +138,24 @@ def all_counts(home: Path) -> list[Counts]:
 
 
 def bytes_of(content: RecordDict) -> int:
-    """Return the size of a message's records in bytes."""
-    return sum(record.count_bytes() for record in content.values())
+    """Return the size of the names and values in a message's records in bytes.
+
+    Flower's `count_bytes` raises an error at an empty value, which a node may send.
+    """
+    return sum(len(name) + _size(value) for record in content.values() for name, value in record.items())
+
+
+def _size(value: object) -> int:
+    """Return the size of one value; a list has that of its elements."""
+    match value:
+        case Array():
+            return len(value.data)
+        case str() | bytes():
+            return len(value)
+        case list():
+            return sum(_size(element) for element in value)
+        case _:
+            return 1 if isinstance(value, bool) else 8
 
 
 def _age(path: Path) -> float:

@@ -1,4 +1,4 @@
-"""`fedpriv deploy add`: add nodes to a deployment whose server may be running, and say when they take part."""
+"""`fedpriv deploy add`: add nodes to a deployment, also while its server runs, and say when they take part."""
 
 from pathlib import Path
 

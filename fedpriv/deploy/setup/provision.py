@@ -213,7 +213,7 @@ def _read(folder: Path) -> Deployment:
 
 
 def _authority(folder: Path) -> Authority:
-    """Return the CA, whose key may be stored elsewhere until it is needed."""
+    """Return the CA; its key may be stored elsewhere until it is needed."""
     remedy = "Move the folder ca/ back into the deployment's folder"
     try:
         pair = Pair((folder / "ca" / "ca.key").read_bytes(), (folder / "ca" / "ca.crt").read_bytes())

@@ -62,7 +62,7 @@ class RunView:
         clients: Number of clients in the plan.
         turn: Last finished turn.
         turns: Number of turns.
-        failed: Number of turns whose messages were not used.
+        failed: Number of turns without a used message.
         written: Time of the newest information, in seconds since 1970.
     """
 
@@ -84,7 +84,7 @@ class DeploymentView:
         server: State of the server, in words.
         certificates: End of validity by file, as dates.
         runs: The runs, oldest first.
-        shown: Path of the run whose rounds the nodes show; empty if there is none.
+        shown: Path of the run that the nodes' rounds belong to; empty if there is none.
         nodes: The nodes, in the order of their names.
         now: Time of the view, in seconds since 1970.
     """
@@ -102,7 +102,7 @@ def view_of(folder: Path, run: Path | None = None, *, connect: bool = True) -> D
 
     Args:
         folder: Folder of a deployment, `admin` or `server` in it, or a run directory.
-        run: Run directory whose rounds are shown; None for the newest one.
+        run: Run directory to show; None for the newest one.
         connect: Ask the server.
 
     Raises:

@@ -26,6 +26,7 @@ __all__ = ["Connection", "Need", "connect", "quiet", "remove_abandoned", "room"]
 _MAX_SOCKET_FOLDER = 36
 _PROBE_SECONDS = 10.0
 _PREFIX = "fedpriv-ray-"
+_TIMED_OUT = "timed out during startup"
 # Locked while the process that started a Ray lives.
 _ALIVE = "alive"
 # A folder is made before it is locked.
@@ -77,7 +78,7 @@ def connect(address: str | None, store_bytes: int | None = None, cpus: int | Non
         cpus: Number of cores of a Ray that is started; None for all cores of the machine.
 
     Raises:
-        UserError: If there is no Ray at `address`, or its version differs.
+        UserError: If there is no Ray at `address`, its version differs, or a new one does not start in time.
     """
     if ray.is_initialized():
         return Connection(ours=False, folder=None)
@@ -100,8 +101,13 @@ def connect(address: str | None, store_bytes: int | None = None, cpus: int | Non
                 _temp_dir=folder,
             )
             gc.collect()  # collects files that Ray left open, while warnings are off
-    except BaseException:
+    except BaseException as error:
         Connection(ours=True, folder=folder, alive=alive).close()
+        if _TIMED_OUT in str(error):
+            remedy = "Run again while the computer has less to do, or use another engine"
+            raise UserError(
+                "--engine", "Ray to start within 30 seconds", "a computer that takes longer", remedy
+            ) from None
         raise
     return Connection(ours=True, folder=folder, alive=alive)
 

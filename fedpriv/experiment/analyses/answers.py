@@ -10,6 +10,7 @@ from fedpriv.analytics.queries import Categories, Labels, Query
 from fedpriv.analytics.statistics import Statistics
 from fedpriv.data.dataset import Declared, declared_by
 from fedpriv.experiment.analyses.answers_file import ANALYSIS_FILE
+from fedpriv.experiment.analyses.clients import clients_of
 from fedpriv.experiment.analyses.tables import columns_of
 from fedpriv.experiment.build import Experiment
 from fedpriv.mechanisms.gaussian import release_grid
@@ -69,6 +70,7 @@ def answers_of(experiment: Experiment, vector: Tensor) -> Record | None:
         "name": config.name,
         "digest": config.digest,
         "clients": clients,
+        "clients_of": clients_of(config.tables),
         "weight": "every client counts as one" if model.records is None else "records",
         "records": model.records,
         **_promise(plan, before or 0.0),
@@ -77,7 +79,7 @@ def answers_of(experiment: Experiment, vector: Tensor) -> Record | None:
     }
 
 
-def _names(query: Query, declared: Declared, labels: int) -> Record:
+def _names(query: Query, declared: Declared, labels: int) -> dict[str, object]:
     """Return the names of the bins of a histogram of labels or categories, as far as the data set declares them."""
     names: Sequence[str] = ()
     if isinstance(query, Labels):
@@ -89,13 +91,13 @@ def _names(query: Query, declared: Declared, labels: int) -> Record:
     return {"names": list(names)} if names and len(names) == query.size(labels) else {}
 
 
-def _promise(plan: PrivacyPlan | None, before: float) -> Record:
+def _promise(plan: PrivacyPlan | None, before: float) -> dict[str, object]:
     """Return the promise to all answers together, and for compositions mu, which includes `before` of analyses before.
 
     Sampling is not credited in mu.
     """
     if plan is None:
-        absent = ("epsilon", "delta", "unit", "trust", "adjacency", "colluders", "mu")
+        absent = ("epsilon", "delta", "unit", "trust", "adjacency", "colluders", "helpers", "mu")
         return {"private": False, "adversary": "none: not private", **dict.fromkeys(absent)}
     multiplier = plan.noise_multiplier
     return {
@@ -107,11 +109,12 @@ def _promise(plan: PrivacyPlan | None, before: float) -> Record:
         "trust": plan.trust,
         "adjacency": plan.adjacency,
         "colluders": None if plan.aggregation is None else plan.aggregation.colluders,
+        "helpers": None if plan.aggregation is None else plan.aggregation.helpers,
         "mu": math.hypot(math.sqrt(plan.releases.charged(plan.rounds)) / multiplier, before) if multiplier else None,
     }
 
 
-def _cost(plan: PrivacyPlan | None, share: float, sums: bool) -> Record:
+def _cost(plan: PrivacyPlan | None, share: float, sums: bool) -> dict[str, object]:
     """Return the epsilon of one answer alone. The answers together cost less than the sum.
 
     A client's sum over records is only bounded as a whole: with many records, one answer may have all of its length.

@@ -4,15 +4,17 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 from fedpriv.clock import SCHEDULES
 from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.analyses.answers_file import ANALYSIS_FILE
+from fedpriv.experiment.analyses.clients import refuse_other_clients
 from fedpriv.experiment.schema import read_table
 from fedpriv.privacy import REPLACE_FACTOR, Trust, adjacency_of, trust_of, unit_name
 from fedpriv.tables import Record, Table
 
-__all__ = ["standardized"]
+__all__ = ["check_same_clients", "standardized"]
 
 
 def standardized(tables: Table) -> dict[str, object]:
@@ -39,6 +41,19 @@ def standardized(tables: Table) -> dict[str, object]:
     return made
 
 
+def check_same_clients(tables: Table, resolved: Record) -> None:
+    """Raise UserError if a private run takes constants from an analysis of other clients.
+
+    Args:
+        tables: The config with the key `data.standardize`, if it has it.
+        resolved: Its resolved tables.
+    """
+    data = tables.get("data")
+    if isinstance(data, Mapping) and "standardize" in data and "privacy" in resolved:
+        folder = Path(str(data["standardize"]))
+        refuse_other_clients(_read(folder / ANALYSIS_FILE).get("clients_of"), resolved, folder)
+
+
 def _read(path: Path) -> Record:
     try:
         found: Record = json.loads(path.read_text(encoding="utf-8"))
@@ -61,7 +76,7 @@ def _check_promise(found: Record) -> None:
     trust_of(found["trust"])
     unit_name(found["unit"])
     adjacency_of(found["adjacency"])
-    for key in ("mu", "colluders"):
+    for key in ("mu", "colluders", "helpers"):
         value = found.get(key) or 0
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
             raise ValueError(f"{key} = {value!r}")
@@ -90,7 +105,7 @@ def _constants(data: Table, moments: Mapping[str, tuple[float, float]], folder: 
         for column in moments:
             if column not in numeric:
                 remedy = nearest(column, list(map(str, numeric)))
-                raise UserError("data.numeric", f"the columns of {folder}", f"no {column}", remedy)
+                raise UserError("data.numeric", f"the columns of {folder}", f"a table without {column}", remedy)
         return {"numeric": {**numeric, **{column: list(pair) for column, pair in moments.items()}}}
     if sorted(moments) != sorted(map(str, range(len(moments)))):
         remedy = "Ask about all columns of the arrays, or all channels"
@@ -135,10 +150,20 @@ def _default_adjacency(tables: Table, trust: Trust) -> str:
 
 
 def _refuse_more_colluders(tables: Table, trust: Trust, found: Record, folder: Path) -> None:
-    """Raise UserError if more clients may collude in the run than in the analysis."""
+    """Raise UserError if more clients or other helpers may collude in the run than in the analysis.
+
+    One honest helper suffices, but it must be the same one in both.
+    """
+    if not (trust.secure_sums and trust_of(found["trust"]).secure_sums):
+        return
     sums = tables.get("aggregation")
-    colluders = sums.get("colluders", 0) if isinstance(sums, Mapping) else 0
-    if trust.secure_sums and trust_of(found["trust"]).secure_sums and colluders > (found.get("colluders") or 0):
+    given = dict(cast(Table, sums)) if isinstance(sums, Mapping) else {}
+    colluders, helpers = given.get("colluders", 0), given.get("helpers", 1)
+    if cast(int, colluders) > (found.get("colluders") or 0):
         remedy = f"Repeat the analysis with aggregation.colluders = {colluders}"
         expected = f"an analysis that allows {colluders} colluders"
         raise UserError("data.standardize", expected, f"{found.get('colluders') or 0} in {folder}", remedy)
+    if helpers != (found.get("helpers") or 1):
+        remedy = f"Repeat the analysis with the helpers of this run, aggregation.helpers = {helpers}"
+        expected = "an analysis with the same helpers"
+        raise UserError("data.standardize", expected, f"{found.get('helpers') or 1} in {folder}", remedy)

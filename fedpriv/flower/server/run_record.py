@@ -307,7 +307,7 @@ class RunRecord:
         released = {"round": round, "epsilon": None if plan is None else plan.epsilon_after(round), "void": void}
         released |= {_TEST + name.removeprefix(_TEST): value for name, value in _numbers(metrics).items()}
         self._directory.append("rounds.jsonl", released)
-        row: Record = {"round": round}
+        row: dict[str, object] = {"round": round}
         if known and round:
             total, bare_sum = strategy.total, plan is not None and not self._is_seeded(strategy)
             stddev = agreement.server.last_stddev(strategy.state)
@@ -324,7 +324,7 @@ class RunRecord:
         self._directory.write_json("privacy.json", {**promise, "statement": strategy.statement})
         self._directory.write_text("privacy.txt", strategy.statement)
 
-    def _tables(self, strategy: Running) -> Record:
+    def _tables(self, strategy: Running) -> dict[str, object]:
         """Return the run's settings as the tables of `config.toml`."""
         run, agreement = self._run, strategy.agreement
         sampling, streams = agreement.server.sampling, agreement.server.streams
@@ -366,7 +366,7 @@ class RunRecord:
             promise = f"{plan.trust} trust, ({rounded_up(plan.epsilon)}, {plan.delta:g})-DP"
         return f"{self._name}: {_method_name(strategy)}, {promise}"
 
-    def _tracked(self, tables: Record, strategy: Running) -> RunLog:
+    def _tracked(self, tables: dict[str, object], strategy: Running) -> RunLog:
         def facts(store: str) -> Tracked:
             return Tracked(
                 name=self._name,

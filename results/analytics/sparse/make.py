@@ -1,4 +1,4 @@
-"""Errors of sparse linear regression under local privacy; writes the tables and the figure of this page.
+"""Errors of sparse linear regression under local privacy; writes the tables and the plot of this page.
 
     python results/analytics/sparse/make.py --data-root /tmp/data        about a minute of CPU
 
@@ -203,20 +203,22 @@ def real(data_root: Path) -> list[dict[str, object]]:
 
 def draw(rows: list[dict[str, object]], path: Path) -> None:
     """Draw the error against each quantity, with the upper bounds' orders through the base cell."""
-    figure, axes = plt.subplots(1, 4, figsize=(12, 3.2), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3.6), sharey=True, layout="constrained")
     for axis, key in zip(axes, SWEPT, strict=True):
         for color, name in zip(("tab:blue", "tab:orange"), ORDERS, strict=True):
+            shown = {"sequential": "in turns", "non-interactive": "at once"}[name]
             cells = [row for row in rows if row["swept"] == key and row["model"] == name]
             x, y, width = (np.array([float(row[c]) for row in cells]) for c in (key, "error", "half_width"))
-            axis.errorbar(x, y, yerr=width, color=color, marker="o", ms=4, capsize=3, label=name)
+            axis.errorbar(x, y, yerr=width, color=color, marker="o", ms=4, capsize=3, label=shown)
             anchor = float(next(row["error"] for row in cells if row[key] == BASE[key]))
-            axis.plot(x, anchor * (x / BASE[key]) ** ORDERS[name][key], ":", color=color, label="order of the bound")
+            order = f"{shown}, order of the upper bound"
+            axis.plot(x, anchor * (x / BASE[key]) ** ORDERS[name][key], ":", color=color, label=order)
         axis.axhline(1.0, color="gray", lw=0.8)
-        axis.set(xscale="log", yscale="log", xlabel=key, ylim=(0.02, 3.0))
+        axis.set(xscale="log", yscale="log", xlabel=key, ylim=(0.01, 3.0))
         axis.set_xticks(SWEPT[key], [f"{value:,g}" if key != "n" else f"{value // 1000}k" for value in SWEPT[key]])
         axis.minorticks_off()
     axes[0].set_ylabel("error in the l2 norm")
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=130)
 
 
