@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.bounding import Clip, scales_of
-from fedpriv.checks import at_least_one, require_representable
+from fedpriv.checks import require_representable, whole_within
 from fedpriv.mechanisms.noise import max_level, release_clients_sum, release_message
 from fedpriv.methods.sparse.threshold import hard_threshold
 from fedpriv.privacy import Everyone, PrivacyPlan, make_plan
@@ -46,7 +46,7 @@ class SparseMoments:
     floor: float = 0.1
 
     def __post_init__(self) -> None:
-        at_least_one("sparsity", self.sparsity, "Set it to a number of parameters")
+        whole_within("sparsity", self.sparsity, 1, 2**31, "Set it to a number of parameters")
         Clip(clip_norm=self.clip_norm)
         require_representable("floor", self.floor)
 

@@ -235,7 +235,9 @@ def test_lost_clients_can_be_left_out_or_stop_the_run() -> None:
     server.begin()
     server.finish(messages(*range(CLIENTS)), {})
     server.begin()
-    with pytest.raises(UserError, match="client 4: expected its memory of earlier turns, got a lost memory"):
+    with pytest.raises(
+        UserError, match=r"client 4 \(node-4\): expected its memory of earlier turns, got a lost memory"
+    ):
         server.finish(messages(0, 1), lost(4))
 
 

@@ -172,7 +172,7 @@ def test_every_registered_dataclass_is_tried() -> None:
 
 # Data sets from files: their numbers count examples or features in the files; the readers' tests cover them.
 SIZED = ("mnist", "fashion-mnist", "cifar10", "tiny-shakespeare", "libsvm")
-SIZED += ("csv", "parquet", "npz", "npy", "leaf", "image-folder")
+SIZED += ("csv", "parquet", "npz", "npy", "leaf", "image-folder", "text")
 
 
 @pytest.mark.parametrize("kind", [*METHODS.values(), *SERVER_OPTIMIZERS.values(), *LOCAL_WORKS.values()])

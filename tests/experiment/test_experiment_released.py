@@ -379,7 +379,7 @@ def test_a_picture_marks_a_score_that_no_promise_covers(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize(
     ("task", "chance"),
-    [(Classification(), 0.25), (Classification(metrics=("auroc",)), None), (Regression(), None), (NextToken(), 0.25)],
+    [(Classification(), 0.25), (Classification(metrics=("auroc",)), None), (Regression(), None), (NextToken(), None)],
 )
 def test_a_picture_shows_the_accuracy_of_guesses_where_accuracy_is_drawn(
     task: TaskKind, chance: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -128,7 +128,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "everyone": (lambda: DPFedAvg(noise=BANDED, privacy=CENTRAL, num_clients=CLIENTS), r"cohort\.sampling: .*1\.225"),
     "local": (
         lambda: DPFedAvg(noise=BANDED, cohort=TURNS, privacy=Privacy(epsilon=8.0, trust="local")),
-        r"cohort\.sampling: expected no such value with privacy\.trust",
+        r"\[noise\]: expected no such value with privacy\.trust",
     ),
     "aggregator": (
         lambda: DPFedAvg(noise=BANDED, cohort=TURNS, privacy=Privacy(epsilon=8.0, trust="aggregator")),

@@ -279,9 +279,10 @@ def test_correlated_noise_is_refused_where_it_is_not_offered(noise: NoiseMatrix,
         plan(noise, sampling, rounds=19)
 
 
-def test_turns_are_refused_without_a_trusted_server() -> None:
-    with pytest.raises(UserError, match=r'cohort\.sampling: expected no such value with privacy\.trust = "local"'):
-        plan(None, GROUPS, trust="local")
+def test_with_local_trust_each_turn_is_charged_without_amplification() -> None:
+    made = plan(None, GROUPS, trust="local")
+    assert made.releases.charged(made.rounds) == math.ceil(made.rounds / GROUPS.separation)
+    assert not made.amplification
 
 
 def test_coefficients_that_the_charge_does_not_cover_are_refused() -> None:

@@ -157,7 +157,7 @@ def test_the_form_of_a_layers_gradients_follows_from_its_shape(name):
     assert type(part) is FORMS[name]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("text-encoder", "timm")])
 @pytest.mark.parametrize("bound", BOUNDS, ids=["clip", "smoothed"])
 def test_every_model_gives_the_sum_of_single_bounded_gradients(name, bound):
     torch.manual_seed(0)

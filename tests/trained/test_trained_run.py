@@ -363,7 +363,7 @@ def test_frozen_weights_are_those_of_the_run_or_refused(tmp_path: Path) -> None:
     assert found["loss"] == json.loads((run / "summary.json").read_text())["test_loss"]
     text = (run / "config.toml").read_text()
     (run / "config.toml").write_text(text.replace("seed = 3", "seed = 4"))
-    with pytest.raises(UserError, match="the first weights of the run"):
+    with pytest.raises(UserError, match="the frozen weights of the run"):
         fedpriv.load_module(run)
 
 

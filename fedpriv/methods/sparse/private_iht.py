@@ -23,7 +23,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedpriv.bounding import Clip
-from fedpriv.checks import at_least_one, require_representable
+from fedpriv.checks import require_representable, whole_within
 from fedpriv.methods.base import Row
 from fedpriv.methods.memoryless import Memoryless, ModelOnly
 from fedpriv.methods.sparse.threshold import hard_threshold
@@ -50,7 +50,7 @@ class PrivateIHT(Memoryless):
     step_size: float = 0.1
 
     def __post_init__(self) -> None:
-        at_least_one("method.sparsity", self.sparsity, "Set it to a number of parameters")
+        whole_within("method.sparsity", self.sparsity, 1, 2**31, "Set it to a number of parameters")
         Clip(clip_norm=self.clip_norm)
         require_representable("method.step_size", self.step_size)
 
