@@ -32,8 +32,9 @@ def audited(method: dict[str, Any], trust: str = "local", **change: Any) -> tupl
 
 
 @pytest.mark.parametrize(
-    ("method", "trust", "least"), [(DPGD, "local", 4.0), (DPGD, "central", 4.0), (NORMEC, "central", 0.5)]
+    ("method", "trust", "least"), [(DPGD, "central", 4.0), (DPGD, "local", 4.0), (NORMEC, "central", 0.5)]
 )
+@pytest.mark.sampled
 def test_a_correct_run_is_not_convicted_and_its_claim_is_approached(
     method: dict[str, Any], trust: str, least: float
 ) -> None:

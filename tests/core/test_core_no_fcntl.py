@@ -52,6 +52,7 @@ def test_results_and_reports_are_read(finished: Path, tmp_path: Path) -> None:
     assert (tmp_path / "report" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_plans_are_made() -> None:
     done = without_locks(COMMAND, "privacy", QUICKSTART)
     assert done.returncode == 0, done.stderr

@@ -130,6 +130,10 @@ WRONG: dict[str, tuple[Any, str]] = {
         lambda: DPFedAvg(noise=BANDED, cohort=TURNS, privacy=Privacy(epsilon=8.0, trust="local")),
         r"\[noise\]: expected no such value with privacy\.trust",
     ),
+    "local without noise over rounds": (
+        lambda: DPFedAvg(cohort=TURNS, privacy=Privacy(epsilon=8.0, trust="local")),
+        r'cohort: expected no separated turns with trust="local", got min_separation=2',
+    ),
     "aggregator": (
         lambda: DPFedAvg(noise=BANDED, cohort=TURNS, privacy=Privacy(epsilon=8.0, trust="aggregator")),
         r"cohort\.sampling: expected no such value with privacy\.trust",

@@ -78,6 +78,9 @@ class Privacy:
         Raises:
             UserError: If there is no such plan.
         """
+        if noise is None and sampling.separation > 1 and trust_of(self.trust).shows_messages:
+            expected, remedy = f'no separated turns with trust="{self.trust}"', "Use Everyone, or run a simulation"
+            raise UserError("cohort", expected, f"min_separation={sampling.separation}", remedy)
         plan = make_plan(
             epsilon=self.epsilon,
             noise_multiplier=self.noise_multiplier,
