@@ -49,7 +49,7 @@ class Schedule(Protocol):
 
     @property
     def shows_messages(self) -> bool:
-        """True if other clients see each message, so that only noise of its own client protects it."""
+        """True if other clients see each message, so that only the noise that its sender adds protects it."""
         ...
 
     def check(self, sampling: Sampling, *, memory: bool) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -285,3 +286,12 @@ def test_a_resumed_run_shows_the_heads_of_before_the_server_stopped(
         run_server(grid, toml, tmp_path / "out", resume=True)
     shown = [m.content.config_records.get(HEAD) for m in grid.seen if TERMS in m.content.config_records]
     assert shown[-1] is not None
+
+
+@pytest.mark.parametrize("charge", [math.nan, -1.0, "some"])
+def test_a_charge_that_is_no_number_from_0_is_a_damaged_line(charge: object, tmp_path: Path) -> None:
+    """A sum with NaN is below no budget and above none."""
+    line = {"charge": charge, "reason": "restored", "time": 0.0, "before": "0" * 64}
+    Ledger(tmp_path).path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError):
+        Ledger(tmp_path).entries()

@@ -197,7 +197,10 @@ class Ledger:
             charge = row.get("charge")
             entry = Entry(**row) if charge is None else None
             if charge is not None:
-                self._charges.append(math.inf if charge == _ALL else max(float(charge), 0.0))
+                value = math.inf if charge == _ALL else float(charge)
+                if not value >= 0.0:
+                    raise ValueError(f"a charge of {value}")
+                self._charges.append(value)
         except (ValueError, KeyError, AttributeError, TypeError):
             raise self._damaged(number) from None
         if before != self.last_hash:

@@ -10,7 +10,7 @@ zero, and up to logarithms, orders of the estimation error in the l2 norm:
 | sequential | sqrt(d k) / (sqrt(n) epsilon) | k sqrt(d) / (sqrt(n) epsilon) |
 
 Ours: both algorithms in detail. They bound l2 norms and add Gaussian noise, with the accounting of all other methods,
-for (epsilon, delta); the paper's orders are those of its own algorithms.
+for (epsilon, delta); the paper states its orders for other algorithms.
 """
 
 from fedpriv.methods.sparse.private_iht import PrivateIHT
