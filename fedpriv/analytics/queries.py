@@ -93,11 +93,9 @@ class Query(Protocol):
 
     Attributes:
         kind: Its name in `[analysis]`.
-        rounds: Rounds that it takes. All are of one round; a query that refines its candidates has more.
     """
 
     kind: ClassVar[str]
-    rounds: ClassVar[int]
 
     @property
     def name(self) -> str:
@@ -145,7 +143,6 @@ class _Asked:
     """
 
     kind: ClassVar[str]
-    rounds: ClassVar[int] = 1
     name: str = ""
     share: float | None = None
 

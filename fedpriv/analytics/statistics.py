@@ -47,11 +47,6 @@ class Statistics:
         return [read_query(table) for table in self.queries]
 
     @property
-    def rounds(self) -> int:
-        """Rounds that the queries take."""
-        return max(query.rounds for query in self.asked)
-
-    @property
     def questions(self) -> tuple[str, ...]:
         """The queries in words, for the privacy statement."""
         return tuple(f"{query.name} ({query.about})" for query in self.asked)
