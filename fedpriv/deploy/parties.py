@@ -76,8 +76,10 @@ def helper_list(run_config: Mapping[str, object]) -> HelperList:
     """
     given = [part for part in str(run_config.get("helpers", "")).split(",") if part]
     path = Path(str(run_config.get("enrolled", "")))
-    enrolled = read_clients(path) if path.is_absolute() and path.is_file() else None
-    return HelperList(tuple(_key(part, "run config helpers") for part in given), enrolled)
+    pinned = tuple(_key(part, "run config helpers") for part in given)
+    if not (path.is_absolute() and path.is_file()):
+        return HelperList(pinned)
+    return HelperList(pinned, read_clients(path), lambda: read_clients(path))
 
 
 def named_helpers(given: HelperNames) -> HelperList:

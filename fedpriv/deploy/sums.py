@@ -1,7 +1,8 @@
 """Server's side of a run's sums under secure aggregation, without the network: the helpers' keys, U, and the total."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,10 +26,20 @@ class HelperList:
     Args:
         pinned: Public identity keys of the helpers.
         enrolled: Public keys of the clients; None leaves the check of signatures to the helpers.
+        again: Reads them again, since clients may be added during a run; None if they do not change.
     """
 
     pinned: tuple[bytes, ...]
     enrolled: Mapping[int, bytes] | None = None
+    again: Callable[[], Mapping[int, bytes]] | None = None
+
+    @property
+    def clients(self) -> Mapping[int, bytes] | None:
+        """Public keys of the clients that are enrolled now; those of the start if the list cannot be read."""
+        if self.again is not None:
+            with suppress(UserError):
+                return self.again()
+        return self.enrolled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +143,7 @@ class SecureSums:
             facts: Facts of the turn.
             messages: Messages by the client that sent them.
         """
-        collector = Collector(facts, self.keys, self.parties.pinned, self.parties.enrolled)
+        collector = Collector(facts, self.keys, self.parties.pinned, self.parties.clients)
         invalid: dict[int, str] = {}
         for client, message in messages.items():
             try:

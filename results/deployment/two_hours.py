@@ -25,12 +25,12 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "tests" / "deploy"))
 
-from loopback import FEDPRIV, Loopback  # noqa: E402
+from loopback import FEDPRIV, Loopback, wait_until  # noqa: E402
 
 from fedpriv.experiment.run_directory import RunDirectory  # noqa: E402
 
 PORT = 19492
-SMALL_DISK, SMALL_BYTES = "node-3", "24m"
+SMALL_DISK, SMALL_BYTES = "node-3", "96m"
 RESUMPTIONS = 3
 
 CONFIG = """
@@ -85,7 +85,7 @@ class Session:
     name: str
     clients: int
     events: tuple[tuple[int, str], ...] = ()
-    rounds: int = 8
+    rounds: int = 7
 
 
 AFTER = 99
@@ -210,7 +210,7 @@ class Federation:
 
     def _verbs(self) -> dict[str, Callable[..., int | None]]:
         return {
-            "kill": self.parties.kill,
+            "kill": self._kill,
             "start": self.parties.start,
             "stop": self._stop,
             "pause": lambda name: self._signal(name, signal.SIGSTOP),
@@ -222,6 +222,12 @@ class Federation:
             "enroll": self._enroll,
             "resume": self._resume,
         }
+
+    def _kill(self, name: str) -> None:
+        """Send SIGKILL; the processes that it has started have to end by themselves."""
+        self.parties._processes[name].kill()
+        self.parties.ends(name, 60.0)
+        wait_until(lambda: not self.parties.processes(name), 60.0, f"{name} left {self.parties.processes(name)}")
 
     def _stop(self, name: str) -> int:
         """Ask a process to end, as systemd does; return its exit code."""
@@ -324,7 +330,8 @@ class Federation:
                 self.act(f"deploy ledger {{d}}/node-{node}")
             self.act("deploy check {d}")
         finally:
-            self.parties.close()
+            for name in list(self.parties._processes):
+                self.act(f"kill {name}")
             self.listen()
             shutil.copytree(small, small.with_name("copy"))
             subprocess.run(["umount", str(small)], check=False)
@@ -345,6 +352,7 @@ def main() -> None:
     names = found.only.split(",")
     sessions = tuple(one for one in SESSIONS if not found.only or one.name in names)
     if found.command == "run":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         Federation(found.folder.resolve(), found.minutes / 120.0, found.deadline, sessions).live()
 
 
