@@ -41,6 +41,13 @@ class UserError(ValueError):
         line = f"{where}: expected {expected}, got {got}. {remedy}."
         super().__init__(" ".join(line.split()))
 
+    def within(self, place: str) -> "UserError":
+        """Return this error with its place before the key at fault, such as the file of the key."""
+        line = " ".join(str(self).split())
+        found = UserError(f"{place}: {self.where}", "", "", "")
+        found.args = (f"{place}: {line}",)
+        return found
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a remedy that suggests the known name closest to `name`, or lists all known names if none is close."""

@@ -1,5 +1,7 @@
 """Command line `fedpriv COMMAND`; each module defines some of the commands."""
 
+import sys
+
 import click
 
 from fedpriv.cli.app import app
@@ -18,6 +20,7 @@ _COMMANDS = (run, analyses, check, sweep, audit, flower, deploy, commands, priva
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. A `UserError` becomes one line on stderr and exit code 2."""
     log_to_terminal()
+    given = sys.argv[1:] if arguments is None else arguments
     try:
         code = app(args=arguments, standalone_mode=False)
         if code == 130:  # typer turns Ctrl-C into this exit code
@@ -31,7 +34,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(130) from None
     except OSError as error:
         where = error.filename or "file system"
-        _fail(f"{where}: {error.strerror or error}. Fix this and run again; add --resume to continue a run")
+        resumed = "; add --resume to continue" if given[:1] in (["run"], ["sweep"]) else ""
+        remedy = f"Correct the path, its permissions or the disk, and run again{resumed}"
+        _fail(f"{where}: {error.strerror or error}. {remedy}")
     else:
         raise SystemExit(code if isinstance(code, int) else 0)
 

@@ -37,7 +37,7 @@ def check(
     say(f"data        {found.examples:,} examples to train on, {found.test_examples:,} to test on; inputs {shape}")
     say(f"clients     {found.clients:,}{held}; {found.classes:,} {_PREDICTED[experiment.task.labels]}")
     say(f"model       {found.parameters:,} trainable parameters, first loss {found.loss:.4g}")
-    say(f"client      one computed its signal, of length {found.signal_norm:.4g}")
+    say(f"signal      of norm {found.signal_norm:.4g}, computed by one client")
     if found.epsilon is None:
         say("privacy     none")
     else:

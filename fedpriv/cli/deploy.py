@@ -58,14 +58,19 @@ def add(
     folder: DeployDir,
     nodes: Annotated[int, typer.Option(help="Number of nodes to add.")] = 1,
     register: Annotated[
-        bool, typer.Option("--register/--no-register", help="Register their keys, if the server answers.")
+        bool, typer.Option("--register/--no-register", help="Register their keys with the running server.")
     ] = True,
 ) -> None:
-    """Add nodes, also while the server runs: make their folders, and register their keys. Others need no change."""
+    """Add nodes while the server runs: make their folders, and register their keys. Other nodes need no change."""
     from fedpriv.deploy.setup.membership import join_nodes
 
-    for line in join_nodes(folder, nodes, register=register):
+    lines, faults = join_nodes(folder, nodes, register=register)
+    for line in lines:
         say(line)
+    for line in faults:
+        say(f"fedpriv: {line}", error=True)
+    if faults:
+        raise typer.Exit(2)
 
 
 @deploy.command()
@@ -184,7 +189,9 @@ def ledger(
     """Show the messages that a node has sent in each run, and the privacy budget it has spent."""
     from fedpriv.deploy.device.device import Device
     from fedpriv.deploy.device.ledger import account_of
+    from fedpriv.deploy.kinds import require_kind
 
+    require_kind(bundle, "node")
     device = Device.at(bundle)
     limits = device.policy.limits
     unit = device.policy.accepts.unit

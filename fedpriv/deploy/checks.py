@@ -84,7 +84,7 @@ class WrongServerError(UserError):
 
 def refuse_wrong(folder: Path, findings: Iterable[Finding]) -> None:
     """Raise a `UserError` that lists all failed checks of a folder, if there are any."""
-    wrong = [f"{finding.what}: {finding.line}" for finding in findings if finding.state == "wrong"]
+    wrong = [f"{finding.what}: {finding.line.rstrip('.')}" for finding in findings if finding.state == "wrong"]
     if wrong:
         remedy = f"Run `fedpriv deploy check {folder}`"
         raise UserError(str(folder), "a folder that passes its checks", " | ".join(wrong), remedy)
@@ -129,8 +129,10 @@ def check_manifest(folder: Path) -> list[Finding]:
     """Check that the files in the manifest are unchanged."""
     try:
         lines = (folder / MANIFEST).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return []
+    except (OSError, ValueError):
+        return [Finding("manifest", "wrong", f"{folder / MANIFEST} cannot be read: copy the folder again")]
     changed = []
     for line in lines:
         digest, _, name = line.partition("  ")
@@ -310,6 +312,7 @@ def call_server(host: str, port: int, ca: Path) -> float | None:
         UserError: If no server answers.
     """
     where = f"{host}:{port}"
+    load_certificate(ca)
     try:
         context = ssl.create_default_context(cafile=str(ca))
         connection = http.client.HTTPSConnection(host, port, timeout=_CALL_SECONDS, context=context)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedpriv.deploy.helper.folder import CLIENTS_TOML, read_clients
+from fedpriv.deploy.kinds import text_of
 from fedpriv.deploy.sums import HelperList
 from fedpriv.errors import UserError
 
@@ -62,7 +63,8 @@ def parties_config(admin: Path) -> dict[str, object]:
     Raises:
         UserError: If a file does not hold a key.
     """
-    keys = [_key(path.read_text(encoding="utf-8").strip(), str(path)) for path in _files(admin)]
+    remedy = "Copy it again from the helper's operator"
+    keys = [_key(text_of(path, "an identity key", remedy).strip(), str(path)) for path in _files(admin)]
     if not keys:
         return {}
     return {"helpers": ",".join(key.hex() for key in keys), "enrolled": str(admin / CLIENTS_TOML)}

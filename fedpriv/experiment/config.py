@@ -634,9 +634,11 @@ def read_config_file(path: Path) -> dict[str, object]:
         return with_whole_paths(read_config_text(path.read_text(encoding="utf-8"), str(path)), path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(str(path), "a readable TOML file", reason, "Check the path of the config") from None
-    except UnicodeDecodeError as error:
-        raise UserError(str(path), "a TOML file", str(error), "Correct the file") from None
+        raise UserError(str(path), "a readable TOML file", reason, "Check the path") from None
+    except UnicodeDecodeError:
+        raise UserError(
+            str(path), "a TOML file", "bytes that are not text", "Correct the file, or restore it"
+        ) from None
 
 
 def read_config_text(text: str, where: str) -> dict[str, object]:

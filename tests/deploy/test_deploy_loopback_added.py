@@ -25,7 +25,8 @@ def test_a_node_that_is_added_during_a_run_takes_part_in_it(tmp_path: Path) -> N
         run = made.run(config, out, "--test-seeded")
         wait_until(lambda: len(RunDirectory(out).rows("participation.jsonl")) > 0, 240.0, made.log("server"))
         before = {path: path.read_bytes() for i in range(2) for path in (made.folder / f"node-{i}").glob("*.*")}
-        lines = join_nodes(made.folder, 1)
+        lines, faults = join_nodes(made.folder, 1)
+        assert faults == []
         assert "registered  node-2" in lines
         assert any("node-2: at once in devices" in line for line in lines)
         assert all(path.read_bytes() == content for path, content in before.items() if path.suffix != ".log")

@@ -222,7 +222,8 @@ def test_a_node_is_added_and_registered_and_no_other_file_of_a_node_changes(
     monkeypatch.setattr(
         membership, "register_nodes", lambda _: (["node-0: already registered", "node-3: registered"], [])
     )
-    lines = join_nodes(folder, 1)
+    lines, faults = join_nodes(folder, 1)
+    assert faults == []
     assert all(path.read_bytes() == content for path, content in before.items())
     assert "registered  node-3" in lines
     assert "takes part  node-3: not in devices, whose plan has 3 clients and does not change" in lines
@@ -234,10 +235,12 @@ def test_without_a_server_the_folders_are_made_and_the_key_waits(folder: Path, m
         raise UserError("the server", "an answer", "silence", "Start it")
 
     monkeypatch.setattr(membership, "register_nodes", silent)
-    lines = join_nodes(folder, 2)
+    lines, faults = join_nodes(folder, 2)
     assert (folder / "node-4" / "node.key").is_file()
-    assert any(line.startswith("later       the server") for line in lines)
-    assert any("register.sh" in line for line in lines)
+    assert len(lines) == len(faults) == 1
+    assert faults[0].startswith("node-3, node-4: not registered. the server: ")
+    assert faults[0].endswith(f"Then run: fedpriv deploy register {folder}")
+    assert any("fedpriv deploy register" in line for line in join_nodes(folder, 1, register=False)[0])
 
 
 def test_all_reasons_are_named_with_clients_and_nodes() -> None:

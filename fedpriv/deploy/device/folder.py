@@ -25,6 +25,7 @@ from fedpriv.deploy.checks import (
     split_address,
 )
 from fedpriv.deploy.device.policy import POLICY_FILE, Policy, load_policy
+from fedpriv.deploy.kinds import in_file
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import read_config_file
 from fedpriv.experiment.schema import read_table
@@ -75,13 +76,9 @@ class NodeSettings:
         Raises:
             UserError: If the file is missing or invalid.
         """
-        try:
-            table = {key.replace("-", "_"): value for key, value in read_config_file(path).items()}
+        table = {key.replace("-", "_"): value for key, value in read_config_file(path).items()}
+        with in_file(path):
             return read_table(cls, table, "")
-        except UserError as error:
-            if error.where == str(path):
-                raise
-            raise UserError(str(path), "valid settings of a node", f"an error ({error})", "Edit the file") from None
 
     def node_config(self, folder: Path) -> dict[str, object]:
         """Return the node config for the ClientApp."""

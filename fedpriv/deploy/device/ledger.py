@@ -123,6 +123,9 @@ class Ledger:
         read = [self._read(number, line) for number, line in enumerate(whole.splitlines(), 1)]
         found = [entry for entry in read if entry is not None]
         noted = self.noted()
+        if noted is not None and noted[0] < 0:
+            expected, remedy = "the number of lines and a hash", "Restore the newest copy, together with the ledger"
+            raise UserError(str(self._head), expected, "a damaged file", remedy)
         if noted is not None:
             self.refuse_without(*noted)
         return found
@@ -131,7 +134,8 @@ class Ledger:
         """Return the number of lines and the hash of the last line from the second file; None if it does not exist."""
         if not self._head.exists():
             return None
-        lines, _, digest = self._head.read_text(encoding="utf-8").strip().partition(" ")
+        text = self._head.read_text(encoding="utf-8", errors="replace")
+        lines, _, digest = text.strip().partition(" ")
         return int(lines) if lines.isdecimal() else -1, digest
 
     def refuse_without(self, lines: int, digest: str, witness: str = "") -> None:

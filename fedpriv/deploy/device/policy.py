@@ -8,6 +8,7 @@ from typing import Literal
 
 from fedpriv.checks import positive_real, real_from, whole_from
 from fedpriv.data.dataset import DATASETS
+from fedpriv.deploy.kinds import in_file
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config, read_config_file
 from fedpriv.experiment.schema import NAMED, read_table, refuse_unknown
@@ -356,13 +357,19 @@ def load_policy(path: Path) -> Policy:
         UserError: If the file is not a valid policy. The client then follows no instructions.
     """
     tables = read_config_file(path)
+    with in_file(path):
+        return _policy_in(tables, path)
+
+
+def _policy_in(tables: Table, path: Path) -> Policy:
+    """Return the policy in the tables of a file; errors name keys alone."""
     kinds = {"accepts": Accepts, "limits": Limits, "data": OwnData, "aggregation": AggregationLimits}
     refuse_unknown(tables, list(kinds), "")
     given: dict[str, Table] = {}
     for name in kinds:
         table = tables.get(name, {})
         if not isinstance(table, dict):
-            raise UserError(f"{path}: {name}", "a table", repr(table), f"Write [{name}], and its keys below")
+            raise UserError(name, "a table", repr(table), f"Write [{name}], and its keys below")
         given[name] = table
     if "limits" not in tables:
         remedy = "Add it with the client's privacy budget"

@@ -25,6 +25,7 @@ from fedpriv.deploy.checks import (
 )
 from fedpriv.deploy.device.folder import key_pair
 from fedpriv.deploy.helper.messages import HELPER_HOME
+from fedpriv.deploy.kinds import in_file
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import read_config_file
 from fedpriv.experiment.schema import read_table
@@ -82,7 +83,9 @@ class HelperSettings:
         Raises:
             UserError: If the file is missing or invalid.
         """
-        return read_table(cls, {key.replace("-", "_"): value for key, value in read_config_file(path).items()}, "")
+        table = {key.replace("-", "_"): value for key, value in read_config_file(path).items()}
+        with in_file(path):
+            return read_table(cls, table, "")
 
     def node_config(self, folder: Path) -> dict[str, object]:
         """Return the node config for the ClientApp.

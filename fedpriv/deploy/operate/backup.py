@@ -34,6 +34,7 @@ from fedpriv.deploy.device.ledger import Ledger
 from fedpriv.deploy.device.memory import remembered_ledgers
 from fedpriv.deploy.heads import HEADS_FILE, HeadBook, newer_heads
 from fedpriv.deploy.helper.folder import HELPER_TOML
+from fedpriv.deploy.kinds import described, kind_of, wrong_kind
 from fedpriv.errors import UserError
 from fedpriv.files import only_one, sync_folder, write_atomically
 from fedpriv.flower.companion import LOCK
@@ -68,6 +69,8 @@ def back_up(folder: Path, file: Path) -> str:
     facts: dict[str, object] = {"kind": kind, "name": folder.name, "time": time.time()}
     if kind == "node":
         facts["lines"] = _intact(folder).lines
+    if not file.parent.is_dir():
+        raise UserError(str(file), "a new file in an existing folder", "no such folder", f"Create {file.parent}")
     part = file.with_name(f"{file.name}.part")
     part.unlink(missing_ok=True)
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -110,15 +113,16 @@ def restore(file: Path, folder: Path, heads: Path | None = None, charge: float |
     if charge is not None and not charge > 0.0:
         raise UserError("--charge", "a number above 0, or all", charge, "Give the maximum spent since the copy")
     if folder.exists():
+        if not folder.is_dir():
+            raise UserError(str(folder), "the folder of the party, or a new one", "a file", "Give FILE, then DIR")
         _refuse_running(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         kind = _unpack(file, part)
-        if folder.exists() and any(folder.iterdir()) and _kind_of(folder) != kind:
-            raise UserError(
-                str(folder), f"the folder of a {kind}, as in the copy", "a different one", "Choose another DIR"
-            )
+        if folder.exists() and any(folder.iterdir()) and kind_of(folder) != kind:
+            expected, remedy = f"the folder of a {kind}, as in the copy", "Give the folder that was copied"
+            raise UserError(str(folder), expected, described(folder), remedy)
         line = _settle(kind, part, folder, heads, charge)
         aside = _move_aside(folder)
         part.replace(folder)
@@ -231,8 +235,7 @@ def _kind_of(folder: Path) -> str:
     for name, kind in kinds.items():
         if (folder / name).is_file():
             return kind
-    remedy = "Give the folder of a server, a node or a helper"
-    raise UserError(str(folder), "a folder of a deployment", "a different or missing folder", remedy)
+    raise wrong_kind(folder, "server", "node", "helper")
 
 
 def _refuse_running(folder: Path) -> None:
@@ -259,8 +262,12 @@ def _add_flower(archive: tarfile.TarFile, flower: Path) -> None:
     if (flower / _DATABASE).is_file():
         with tempfile.TemporaryDirectory() as name:
             copy = Path(name) / _DATABASE
-            with closing(sqlite3.connect(flower / _DATABASE)) as source, closing(sqlite3.connect(copy)) as target:
-                source.backup(target)
+            try:
+                with closing(sqlite3.connect(flower / _DATABASE)) as source, closing(sqlite3.connect(copy)) as target:
+                    source.backup(target)
+            except sqlite3.DatabaseError as error:
+                remedy = "Restore an older copy, or move the file away and register the nodes again"
+                raise UserError(str(flower / _DATABASE), "Flower's database", f"({error})", remedy) from None
             copy.chmod(0o600)
             archive.add(copy, f"{_FLOWER}/{_DATABASE}")
 
@@ -270,10 +277,13 @@ def _unpack(file: Path, part: Path) -> str:
     try:
         with tarfile.open(file) as archive:
             archive.extractall(part, filter="data")
+        if not (part / _KIND).is_file():
+            raise KeyError(_KIND)
         kind = str(json.loads((part / _KIND).read_bytes())["kind"])
         (part / _KIND).unlink()
     except OSError as error:
-        raise UserError(str(file), "a copy from fedpriv deploy backup", error.strerror or error, "Check it") from None
+        expected, remedy = "a file from fedpriv deploy backup", "Give FILE, then DIR"
+        raise UserError(str(file), expected, error.strerror or error, remedy) from None
     except (tarfile.TarError, ValueError, KeyError, TypeError):
         remedy = "Give a file from fedpriv deploy backup"
         raise UserError(str(file), "a copy of a folder", "a damaged or different file", remedy) from None

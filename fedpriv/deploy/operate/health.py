@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from fedpriv.deploy.checks import call_server, split_address
+from fedpriv.deploy.kinds import wrong_kind
 from fedpriv.errors import UserError
 from fedpriv.files import lock_file
 from fedpriv.flower.companion import ALIVE, LOCK
@@ -35,8 +36,7 @@ def health(folder: Path) -> str:
         call_server(host, port, folder / "ca.crt")
         return f"the server answers at {host}:{port}"
     if not any((folder / name).is_file() for name in ("node.toml", "helper.toml")):
-        remedy = "Give the folder of a server, a node or a helper"
-        raise UserError(str(folder), "a folder of a deployment", "a different or missing folder", remedy)
+        raise wrong_kind(folder, "server", "node", "helper")
     _refuse_stopped(folder / "flower" / LOCK)
     return _recent(folder / "flower" / ALIVE)
 

@@ -29,6 +29,7 @@ from fedpriv.deploy.device.ledger import Ledger
 from fedpriv.deploy.device.memory import remembered_ledgers
 from fedpriv.deploy.heads import HEADS_FILE, HeadBook
 from fedpriv.deploy.helper.folder import HELPER_TOML
+from fedpriv.deploy.kinds import require_kind
 from fedpriv.deploy.setup.certificates import make_node_key
 from fedpriv.deploy.setup.keys import replace_key
 from fedpriv.deploy.setup.roster import Roster, key_in
@@ -125,6 +126,7 @@ def begin_rotation(folder: Path) -> Path:
         UserError: If a rotation is open, or a file, among them the ledger, is damaged.
     """
     folder = folder.resolve()
+    require_kind(folder, "node", "helper")
     place = folder / ROTATION
     if place.exists():
         remedy = f"Run fedpriv deploy rotate finish {folder}"
@@ -218,11 +220,15 @@ def finish_rotation(folder: Path, *, force: bool = False) -> str:
         UserError: If no rotation is open, the node runs with the old key, or it has not connected with the new one.
     """
     folder = folder.resolve()
+    require_kind(folder, "node", "helper")
     place = folder / ROTATION
     if not (place / HANDOVER).is_file():
         remedy = f"Run fedpriv deploy rotate key {folder} first"
         raise UserError(str(folder), "an open rotation", "a folder without one", remedy)
-    used = all((folder / name).read_bytes() == (place / name).read_bytes() for name in _KEYS)
+    key_pair(place)
+    if not (place / f"{_OLD}node.key").exists():  # otherwise an earlier call may have been interrupted
+        key_pair(folder)
+    used = all(_same(folder / name, place / name) for name in _KEYS)
     if not used:
         _use_new_key(folder, place)
     elif not force and not (folder / "flower" / ALIVE).is_file():
@@ -236,6 +242,10 @@ def finish_rotation(folder: Path, *, force: bool = False) -> str:
     key_pair(folder)
     shutil.rmtree(place)
     return "the rotation has ended: the old key and the handover are deleted"
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.is_file() and one.read_bytes() == other.read_bytes()
 
 
 def _use_new_key(folder: Path, place: Path) -> None:

@@ -79,7 +79,10 @@ class Authority:
         key = load_pem_private_key(pair.private, None)
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise ValueError("not an elliptic-curve key")
-        return cls(key, x509.load_pem_x509_certificate(pair.public))
+        certificate = x509.load_pem_x509_certificate(pair.public)
+        if certificate.public_key() != key.public_key():
+            raise ValueError("the key of another certificate")
+        return cls(key, certificate)
 
     @property
     def pair(self) -> Pair:

@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -20,16 +20,22 @@ from fedpriv.deploy.checks import (
     check_versions,
     covers,
     judge,
-    load_certificate,
     split_address,
 )
 from fedpriv.deploy.device.folder import NODE_TOML, NodeSettings, check_node_folder
-from fedpriv.deploy.helper.folder import HELPER_TOML, HelperSettings, check_helper_folder
-from fedpriv.deploy.setup.provision import BUNDLES, DEPLOYMENT
+from fedpriv.deploy.helper.folder import (
+    HELPER_TOML,
+    SIGNING_FILE,
+    HelperSettings,
+    check_helper_folder,
+    read_signing_key,
+)
+from fedpriv.deploy.kinds import described
+from fedpriv.deploy.setup.connection import connection_of
+from fedpriv.deploy.setup.provision import BUNDLES, DEPLOYMENT, read_deployment
 from fedpriv.deploy.setup.roster import CONNECTION, REMOVED, Roster, key_in
 from fedpriv.deploy.setup.superlink import SERVER_TOML, ServerSettings, check_server_folder
-from fedpriv.errors import UserError
-from fedpriv.experiment.config import read_config_file
+from fedpriv.errors import UserError, plural
 
 __all__ = ["check_folder", "print_findings"]
 
@@ -60,8 +66,8 @@ def check_folder(folder: Path, connect: bool = True) -> dict[str, list[Finding]]
     for mark, check in kinds.items():
         if (folder / mark).is_file():
             return {folder.name: check(folder, connect)}
-    remedy = "Give the folder that `fedpriv deploy init` made, or server, admin or node-I in it"
-    raise UserError(str(folder), "a folder of a deployment", "a different or missing folder", remedy)
+    remedy = "Give the folder that `fedpriv deploy init` made, or server, admin, node-I or helper-J in it"
+    raise UserError(str(folder), "a folder of a deployment", described(folder), remedy)
 
 
 def print_findings(findings: dict[str, list[Finding]]) -> bool:
@@ -85,13 +91,16 @@ def _plain(text: str) -> str:
 
 
 def _check_deployment(folder: Path, connect: bool) -> dict[str, list[Finding]]:
-    found = {"ca": _check_authority(folder / "ca"), "folders": _check_bundles(folder)}
+    found = {"ca": _check_authority(folder / "ca"), "folders": [*_check_bundles(folder), *_check_settings(folder)]}
     for name in ("server", "admin"):
         if (folder / name).is_dir():
             # Connect to the server once, from the folder that starts runs.
             check = _check_server if name == "server" else _check_admin
             found[name] = check(folder / name, connect and name == "admin")
-    removed = Roster.read(folder).removed if (folder / "admin" / "register.sh").is_file() else {}
+    removed: Collection[bytes] = ()
+    if (folder / "admin" / "register.sh").is_file():
+        with contextlib.suppress(UserError):  # a finding of `admin`
+            removed = Roster.read(folder).removed
     nodes = (path for path in folder.glob("node-*") if path.is_dir())
     for node in sorted(nodes, key=lambda path: (len(path.name), path.name)):
         if (node / "node.pub").is_file() and key_in((node / "node.pub").read_bytes()) in removed:
@@ -121,6 +130,8 @@ def _check_bundles(folder: Path) -> list[Finding]:
         lines = (folder / BUNDLES).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         return [Finding("manifests", "wrong", f"{folder / BUNDLES}: {error.strerror or error}; restore it from a copy")]
+    except UnicodeDecodeError:
+        return [Finding("manifests", "wrong", f"{folder / BUNDLES} is damaged; restore it from a copy")]
     changed = []
     for digest, _, name in (line.partition("  ") for line in lines):
         file = folder / name
@@ -132,9 +143,29 @@ def _check_bundles(folder: Path) -> list[Finding]:
     return [Finding("manifests", "ok", "unchanged")]
 
 
+def _check_settings(folder: Path) -> list[Finding]:
+    return judge(DEPLOYMENT, lambda: f"for {read_deployment(folder).nodes} nodes")
+
+
 def _check_node(folder: Path, connect: bool) -> list[Finding]:
-    findings = check_node_folder(folder)
+    findings = [*check_node_folder(folder), *judge("ledger", lambda: _ledger(folder))]
     return [*findings, *_check_connection(folder, lambda: NodeSettings.read(folder / NODE_TOML).superlink, connect)]
+
+
+def _ledger(folder: Path) -> str:
+    """Return a line about the records of a node, in which nothing is missing."""
+    from fedpriv.deploy.device.heads import KEY_FILE, LedgerKey
+    from fedpriv.deploy.device.ledger import Ledger
+
+    if (folder / KEY_FILE).exists():
+        LedgerKey.at(folder)
+    if (folder / SIGNING_FILE).exists():
+        read_signing_key(folder / SIGNING_FILE)
+    if (folder / "state").exists() and not (folder / "state").is_dir():
+        raise UserError(str(folder / "state"), "a folder", "a file", "Restore it: fedpriv deploy restore")
+    ledger = Ledger(folder / "state")
+    ledger.entries()
+    return f"complete, with {ledger.lines} {plural('line', ledger.lines)}"
 
 
 def _check_helper(folder: Path, connect: bool) -> list[Finding]:
@@ -166,7 +197,8 @@ def _check_admin(folder: Path, connect: bool) -> list[Finding]:
         *check_presence(folder, ADMIN_FILES),
         *check_manifest(folder),
         *check_permissions(folder, []),
-        *judge("connection", lambda: f"to {_connection(folder)}"),
+        *judge("connection", lambda: f"to {connection_of(folder)}"),
+        *judge("keys of nodes", lambda: _keys(folder)),
         *check_versions(folder),
     ]
     if (folder / "ca.crt").is_file():
@@ -174,30 +206,22 @@ def _check_admin(folder: Path, connect: bool) -> list[Finding]:
     certificate = folder.parent / "server" / "server.pem"
     right = findings[3].state == "ok"
     if right and certificate.is_file():
-        findings += judge("server name", lambda: covers(certificate, split_address(_connection(folder), "address")[0]))
+        findings += judge(
+            "server name", lambda: covers(certificate, split_address(connection_of(folder), "address")[0])
+        )
     if right and connect:
-        findings += check_server(_connection(folder), folder / "ca.crt")
+        findings += check_server(connection_of(folder), folder / "ca.crt")
         if findings[-1].state == "ok":
             findings += _check_registered(folder)
     return findings
 
 
-def _connection(folder: Path) -> str:
-    """Return the address of a secure connection in Flower's `config.toml`."""
-    path = folder / "config.toml"
-    superlink = read_config_file(path).get("superlink", {})
-    connection = superlink.get(CONNECTION, {}) if isinstance(superlink, dict) else {}
-    remedy = "Run ./register.sh, which writes it, or edit the file"
-    address, certificate = connection.get("address", ""), connection.get("root-certificates", "")
-    if connection.get("insecure"):
-        raise UserError(f"{path}: insecure", "no such key", "true", "Remove the key, because it disables TLS")
-    if not Path(certificate).is_absolute() or not Path(certificate).is_file():
-        expected = "the absolute path of ca.crt"
-        raise UserError(f"{path}: root-certificates", expected, repr(certificate), remedy)
-    if load_certificate(Path(certificate)) != load_certificate(folder / "ca.crt"):
-        raise UserError(f"{path}: root-certificates", "this folder's ca.crt", "a different certificate", remedy)
-    split_address(address, f"{path}: address")
-    return address
+def _keys(folder: Path) -> str:
+    roster = Roster.read(folder)
+    if roster.damaged:
+        path, remedy = folder / "nodes" / f"{roster.damaged[0]}.pub", "Copy node.pub of the node again"
+        raise UserError(str(path), "a public key in OpenSSH's format", "a different content", remedy)
+    return f"{len(roster.keys)} readable"
 
 
 def _check_registered(folder: Path) -> list[Finding]:

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedpriv.deploy.setup.connection import update_connection
 from fedpriv.deploy.setup.provision import seal_again
 from fedpriv.deploy.setup.roster import CONNECTION, Roster
 from fedpriv.errors import UserError
-from fedpriv.files import write_atomically
 from fedpriv.flower.internals.control import KnownNode, administering
 
 __all__ = ["Comparison", "compared", "register_nodes", "remove_node", "replace_key"]
@@ -72,13 +72,16 @@ def register_nodes(folder: Path) -> tuple[list[str], list[str]]:
         UserError: If the server does not answer.
     """
     roster = Roster.read(folder)
-    _update_connection(roster.folder)
+    update_connection(roster.folder)
     lines, faults = [], []
     with administering(roster.folder, CONNECTION) as server:
         found = compared(roster, server.nodes())
         for name in roster.keys:
             if name in found.registered:
                 lines.append(f"{name}: already registered")
+            elif name in roster.damaged:
+                path = roster.folder / "nodes" / f"{name}.pub"
+                faults.append(f"{name}: not registered. {path} holds no public key: copy node.pub of the node again")
             elif name in found.absent:
                 try:
                     server.register(roster.keys[name], name)
@@ -106,7 +109,7 @@ def remove_node(name: str, folder: Path) -> str:
     """
     roster = Roster.read(folder)
     key = roster.key_of(name)
-    _update_connection(roster.folder)
+    update_connection(roster.folder)
     with administering(roster.folder, CONNECTION) as server:
         node = server.nodes().get(key)
         if node is not None and node.welcome:
@@ -130,7 +133,7 @@ def replace_key(roster: Roster, name: str, old: bytes, new: bytes) -> None:
     Raises:
         UserError: If the server does not carry it out.
     """
-    _update_connection(roster.folder)
+    update_connection(roster.folder)
     with administering(roster.folder, CONNECTION) as server:
         known = server.nodes()
         if new not in known:
@@ -139,13 +142,3 @@ def replace_key(roster: Roster, name: str, old: bytes, new: bytes) -> None:
             server.unregister(known[old])
     roster.replace(name, old, new)
     seal_again(roster.folder.parent)
-
-
-def _update_connection(admin: Path) -> None:
-    """Update the absolute path of `ca.crt` in Flower's `config.toml`."""
-    path = admin / "config.toml"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    right = f"root-certificates = '{admin / 'ca.crt'}'"
-    changed = [right if line.startswith("root-certificates") else line for line in lines]
-    if changed != lines:
-        write_atomically(path, "\n".join(changed) + "\n")

@@ -8,44 +8,53 @@ from fedpriv.deploy.setup.provision import add_nodes
 from fedpriv.deploy.setup.roster import CONNECTION, Roster
 from fedpriv.deploy.status.view import RunView, view_of
 from fedpriv.errors import UserError
-from fedpriv.flower.internals.control import administering
+from fedpriv.flower.internals.control import SilentServerError, administering
 
 __all__ = ["join_nodes", "part_in_words", "registered_by_name"]
 
 
-def join_nodes(folder: Path, count: int, *, register: bool = True) -> list[str]:
+def join_nodes(folder: Path, count: int, *, register: bool = True) -> tuple[list[str], list[str]]:
     """Add nodes to a deployment, without a change to the other nodes.
 
     Args:
         folder: Folder of the deployment, created by `fedpriv deploy init`.
         count: Number of nodes.
-        register: Register their keys with the server, if it answers.
+        register: Register their keys with the server.
 
     Returns:
-        Lines about the new nodes, their registration, and when they take part.
+        Lines about the new nodes, their registration, and when they take part; and a line for each key that is not
+        registered although it should be.
 
     Raises:
-        UserError: If `folder` is not a deployment's folder; then nothing has changed.
+        UserError: If nodes cannot be added to `folder`; then nothing has changed.
     """
     added = add_nodes(folder, count)
-    lines = [f"made        {', '.join(added)} in {folder}"]
-    registered: list[str] = []
+    lines, faults = [f"made        {', '.join(added)} in {folder}"], list[str]()
     if register:
-        try:
-            said, faults = register_nodes(folder)
-            registered = [name for name in added if f"{name}: registered" in said]
-            lines += [f"registered  {', '.join(registered)}"] if registered else []
-            lines += [f"fault       {line}" for line in faults]
-        except UserError as error:
-            lines.append(f"later       {error}")
-    if set(added) - set(registered):
-        lines.append(f"next        admin/register.sh; see {folder / 'README.md'}")
+        registered, faults = _registered(folder, added)
+        lines += [f"registered  {', '.join(registered)}"] if registered else []
+        if set(added) - set(registered):
+            return lines, faults
+    else:
+        lines.append(f"next        fedpriv deploy register {folder}: the server does not accept the keys before that")
     lines.append("next        copy each folder to its client's machine, and run start-node.sh there")
     if any((folder / "admin" / HELPERS_FOLDER).glob("*.pub")):
         lines.append("helpers     add the new lines of admin/clients.toml to clients.toml of each helper")
     runs = view_of(folder, connect=False).runs
     clients = [int(name.rpartition("-")[2]) for name in added]
-    return [*lines, *(f"takes part  {line}" for line in part_in_words(clients, runs))]
+    return [*lines, *(f"takes part  {line}" for line in part_in_words(clients, runs))], faults
+
+
+def _registered(folder: Path, added: list[str]) -> tuple[list[str], list[str]]:
+    """Register all keys; return the names among `added` that the server accepts, and a line for each fault."""
+    try:
+        said, faults = register_nodes(folder)
+    except SilentServerError as error:
+        remedy = f"Start server/start-superlink.sh, then run: fedpriv deploy register {folder}"
+        return [], [f"{', '.join(added)}: not registered, because {error.where} does not answer. {remedy}"]
+    except UserError as error:
+        return [], [f"{', '.join(added)}: not registered. {error} Then run: fedpriv deploy register {folder}"]
+    return [name for name in added if f"{name}: registered" in said], faults
 
 
 def part_in_words(clients: list[int], runs: list[RunView]) -> list[str]:

@@ -1,6 +1,7 @@
 """`fedpriv deploy init`, `add` and `renew`: create the folders of a deployment, with keys and certificates."""
 
 import hashlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -13,8 +14,16 @@ from fedpriv.checks import at_least_one, positive_real, real_within, whole_withi
 from fedpriv.deploy.checks import MANIFEST, VERSIONS, load_certificate, manifest_of, versions
 from fedpriv.deploy.device.folder import NODE_TOML
 from fedpriv.deploy.device.policy import POLICY_FILE
-from fedpriv.deploy.helper.folder import CLIENTS_TOML, HELPER_TOML, IDENTITY_FILE, SIGNING_FILE, make_signing_key
-from fedpriv.deploy.parties import HELPERS_FOLDER
+from fedpriv.deploy.helper.folder import (
+    CLIENTS_TOML,
+    HELPER_TOML,
+    IDENTITY_FILE,
+    SIGNING_FILE,
+    make_signing_key,
+    read_clients,
+)
+from fedpriv.deploy.kinds import described, in_file, text_of
+from fedpriv.deploy.parties import HELPERS_FOLDER, parties_config
 from fedpriv.deploy.setup.certificates import Authority, Pair, make_node_key, refuse_host
 from fedpriv.deploy.setup.compose import COMPOSE, metrics_port, whole_compose
 from fedpriv.deploy.setup.roster import Roster
@@ -46,6 +55,7 @@ __all__ = [
     "add_nodes",
     "init_deployment",
     "make_deployment",
+    "read_deployment",
     "renew_certificate",
     "seal_again",
 ]
@@ -88,7 +98,7 @@ class Deployment:
         if self.trust not in offered:
             expected = " or ".join(f'"{name}"' for name in offered)
             remedy = "Change the value" if self.helpers else "Change the value, or give --helpers"
-            raise UserError("trust", expected, repr(self.trust), remedy)
+            raise UserError("--trust", expected, repr(self.trust), remedy)
         if self.unit not in UNITS:
             raise UserError("--unit", '"client" or "example"', repr(self.unit), nearest(self.unit, UNITS))
         whole_within("--nodes", self.nodes, 1, _MAX_NODES, "Give one node for each client")
@@ -129,7 +139,8 @@ def init_deployment(folder: Path, deployment: Deployment, days: int = 365) -> No
     folder = folder.resolve()
     _refuse_days(days)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(str(folder), "an empty folder, or a new one", "a folder with files", "Choose another DIR")
+        got = "a folder with files" if folder.is_dir() else "a file"
+        raise UserError(str(folder), "an empty folder, or a new one", got, "Choose another DIR")
     if "'" in str(folder) or "\n" in str(folder):
         raise UserError(str(folder), "a path without quotes", "a path with quotes", "Choose another DIR")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -158,13 +169,14 @@ def add_nodes(folder: Path, count: int) -> list[str]:
     """Create the folders of additional nodes in a deployment; return their names.
 
     Raises:
-        UserError: If `folder` was not created by `init_deployment`.
+        UserError: If `folder` was not created by `init_deployment`, a file that the nodes need is damaged, or a folder
+            has the name of a new node. Nothing has changed.
     """
-    deployment = _read(folder)
+    deployment = read_deployment(folder)
     at_least_one("--nodes", count, "Give the number of nodes to add")
     larger = Deployment(**{**asdict(deployment), "nodes": deployment.nodes + count})
     added = range(deployment.nodes, larger.nodes)
-    _authority(folder)
+    _refuse_unready(folder, larger, [f"node-{node}" for node in added])
     for node in added:
         _write_node(folder, larger, node)
     _write(folder / DEPLOYMENT, tomli_w.dumps(asdict(larger)))
@@ -184,32 +196,71 @@ def renew_certificate(folder: Path, days: int, host: str | None = None) -> None:
         UserError: If `folder` was not created by `init_deployment`.
     """
     _refuse_days(days)
-    deployment = _read(folder)
+    deployment = read_deployment(folder)
     if host is not None:
         deployment = Deployment(**{**asdict(deployment), "host": host})
+    settings = _with_address(folder / "server" / SERVER_TOML, deployment)
+    _refuse_unreadable(folder)
     _write_pair(folder / "server", _authority(folder).server_pair(deployment.host, days), "server.key", "server.pem")
     if host is not None:
-        text = SERVER_TOML_TEXT.substitute(address=deployment.address, port=deployment.port)
-        _write(folder / "server" / SERVER_TOML, text)
+        _write(folder / "server" / SERVER_TOML, settings)
         _write(folder / DEPLOYMENT, tomli_w.dumps(asdict(deployment)))
     _seal(folder, deployment)
+
+
+def _with_address(path: Path, deployment: Deployment) -> str:
+    """Return `server.toml` with the server's address; its other lines belong to the administrator."""
+    if not path.exists():
+        return SERVER_TOML_TEXT.substitute(address=deployment.address, port=deployment.port)
+    text = text_of(path, "the server's settings", "Restore a copy, or remove the file to get a new one")
+    return re.sub(r'^address\s*=\s*"[^"]*"', f'address = "{deployment.address}"', text, flags=re.MULTILINE)
+
+
+def _refuse_unready(folder: Path, larger: Deployment, names: list[str]) -> None:
+    """Raise a `UserError` if nodes could not be added completely, before anything is written."""
+    _authority(folder)
+    admin = folder / "admin"
+    Roster.read(folder)
+    _identities(folder)
+    if larger.helpers:
+        read_clients(admin / CLIENTS_TOML)
+    _refuse_unreadable(folder)
+    for name in names:
+        if (folder / name).exists():
+            remedy = "Move it away, for instance if an earlier command was interrupted"
+            raise UserError(str(folder / name), "no folder of a new node", "an existing one", remedy)
+
+
+def _refuse_unreadable(folder: Path) -> None:
+    """Raise a `UserError` if a file that `_seal` reads is damaged."""
+    _sealed(folder)
+    if (folder / "admin" / "register.sh").is_file():
+        Roster.read(folder)
+    if (folder / "server" / "server.pem").exists():
+        load_certificate(folder / "server" / "server.pem")
 
 
 def seal_again(folder: Path) -> None:
     """Rewrite the README and the list of manifests after a node was removed, if `folder` is a deployment's folder."""
     if (folder / DEPLOYMENT).is_file():
-        _seal(folder, _read(folder))
+        _seal(folder, read_deployment(folder))
 
 
 def _refuse_days(days: int) -> None:
     whole_within("--days", days, 1, 3650, "Use 365 if unsure")
 
 
-def _read(folder: Path) -> Deployment:
+def read_deployment(folder: Path) -> Deployment:
+    """Return the parameters of the deployment in a folder.
+
+    Raises:
+        UserError: If `folder` was not created by `init_deployment`, or its file is damaged.
+    """
     if not (folder / DEPLOYMENT).is_file():
         remedy = "Give the folder that `fedpriv deploy init` made, with ca/ in it"
-        raise UserError(str(folder), f"a deployment's folder, with {DEPLOYMENT}", "a different folder", remedy)
-    return read_table(Deployment, read_config_file(folder / DEPLOYMENT), "")
+        raise UserError(str(folder), f"a deployment's folder, with {DEPLOYMENT}", described(folder), remedy)
+    with in_file(folder / DEPLOYMENT):
+        return read_table(Deployment, read_config_file(folder / DEPLOYMENT), "")
 
 
 def _authority(folder: Path) -> Authority:
@@ -221,7 +272,9 @@ def _authority(folder: Path) -> Authority:
     except OSError as error:
         raise UserError(str(error.filename), "the CA's file", error.strerror or error, remedy) from None
     except ValueError:
-        raise UserError(str(folder / "ca"), "the CA's key and certificate", "invalid files", remedy) from None
+        expected = "the CA's key and its certificate"
+        got = "damaged files, or the key of another certificate"
+        raise UserError(str(folder / "ca"), expected, got, "Restore a copy of ca/") from None
 
 
 def _write_server(folder: Path, deployment: Deployment, authority: Authority, days: int) -> None:
@@ -269,8 +322,7 @@ def _write_identity(root: Path, helper: int) -> None:
 
 def _identities(root: Path) -> list[str]:
     """Return the identity keys of all helpers."""
-    paths = sorted((root / "admin" / HELPERS_FOLDER).glob("*.pub"))
-    return [path.read_text(encoding="utf-8").strip() for path in paths]
+    return [key for key in str(parties_config(root / "admin").get("helpers", "")).split(",") if key]
 
 
 def _write_helper(root: Path, deployment: Deployment, helper: int) -> None:
@@ -290,7 +342,8 @@ def _enroll(path: Path, client: int, public: str) -> None:
     """Add the public key of a client to the list for helpers."""
     head = "# Public keys of the clients that may count in a sum, by their numbers.\n[clients]\n"
     before = path.read_text(encoding="utf-8") if path.exists() else head
-    _write(path, f'{before}{client} = "{public}"\n')
+    kept = "".join(line for line in before.splitlines(keepends=True) if not line.startswith(f"{client} = "))
+    _write(path, f'{kept}{client} = "{public}"\n')
 
 
 def _write_programs(folder: Path, start: str, unit: str, command: str, home: str) -> None:
@@ -363,10 +416,9 @@ def _seal(folder: Path, deployment: Deployment) -> None:
 
 def _sealed(folder: Path) -> dict[str, str]:
     """Return the current content of `bundles.sha256`, also for folders that may have been handed out."""
-    try:
-        lines = (folder / BUNDLES).read_text(encoding="utf-8").splitlines()
-    except OSError:
+    if not (folder / BUNDLES).exists():
         return {}
+    lines = text_of(folder / BUNDLES, "checksums of the manifests", "Restore a copy").splitlines()
     return {name.partition("/")[0]: digest for digest, _, name in (line.partition("  ") for line in lines)}
 
 

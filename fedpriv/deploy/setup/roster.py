@@ -8,6 +8,10 @@ import datetime
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+
+from fedpriv.deploy.kinds import described, text_of
 from fedpriv.errors import UserError, nearest
 from fedpriv.files import write_atomically
 
@@ -15,6 +19,7 @@ __all__ = ["CONNECTION", "REMOVED", "Roster", "key_in"]
 
 CONNECTION = "deployment"
 REMOVED = "removed-keys"
+DEPLOYMENT_FILE = "deployment.toml"
 
 
 @dataclass(frozen=True)
@@ -36,19 +41,26 @@ class Roster:
         """Return the roster in the folder of a deployment, or in `admin` in it.
 
         Raises:
-            UserError: If `folder` is neither.
+            UserError: If `folder` is neither, or a list of keys cannot be read.
         """
-        folder = folder.resolve()
+        given = folder = folder.resolve()
         if not (folder / "register.sh").is_file():
             folder = folder / "admin"
         if not (folder / "register.sh").is_file():
             remedy = "Give the folder that `fedpriv deploy init` made, or admin in it"
             expected = "a folder of a deployment, with admin/ in it"
-            raise UserError(str(folder.parent), expected, "a different folder", remedy)
+            whole = (given / DEPLOYMENT_FILE).is_file()
+            got = "the folder of a deployment without it" if whole else described(given)
+            remedy = "Move admin/ back into it" if whole else remedy
+            raise UserError(str(given), expected, got, remedy)
         keys = {path.stem: key_in(path.read_bytes()) for path in sorted(folder.glob("nodes/*.pub"), key=_in_order)}
-        lines = (folder / REMOVED).read_bytes().splitlines() if (folder / REMOVED).exists() else []
-        removed = {key_in(line): line.split()[2].decode() for line in lines if len(line.split()) > 2}
+        removed = {key_in(line): line.split()[2].decode() for line in _removed(folder / REMOVED)}
         return cls(folder, keys, removed)
+
+    @property
+    def damaged(self) -> list[str]:
+        """Names of nodes whose file holds no key."""
+        return [name for name, key in self.keys.items() if not _is_key(key)]
 
     @property
     def removed_nodes(self) -> list[str]:
@@ -64,7 +76,7 @@ class Roster:
         gone = {name: key for key, name in self.removed.items()}
         if name not in self.keys and name not in gone:
             remedy = nearest(name, self.keys)
-            raise UserError(name, f"the name of a node in {self.folder / 'nodes'}", "an unknown name", remedy)
+            raise UserError("NAME", f"the name of a node in {self.folder / 'nodes'}", repr(name), remedy)
         return self.keys.get(name, gone.get(name, b""))
 
     def without(self, name: str) -> None:
@@ -90,6 +102,26 @@ class Roster:
 def key_in(line: bytes) -> bytes:
     """Return kind and key of a line in OpenSSH's format, without the comment."""
     return b" ".join(line.split()[:2])
+
+
+def _removed(path: Path) -> list[bytes]:
+    """Return the lines of removed keys."""
+    if not path.exists():
+        return []
+    remedy = "Restore a copy: a removed key must not be accepted again"
+    lines = [line for line in text_of(path, "removed keys", remedy).splitlines() if line.strip()]
+    for number, line in enumerate(lines, 1):
+        if len(line.split()) < 3:
+            raise UserError(f"{path}, line {number}", "kind, key and name of a removed node", repr(line[:40]), remedy)
+    return [line.encode() for line in lines]
+
+
+def _is_key(line: bytes) -> bool:
+    try:
+        load_ssh_public_key(line)
+    except (ValueError, UnsupportedAlgorithm):
+        return False
+    return True
 
 
 def _in_order(path: Path) -> tuple[int, str]:

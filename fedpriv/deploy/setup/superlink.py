@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from fedpriv.deploy.checks import (
     split_address,
 )
 from fedpriv.deploy.device.policy import Accepts
+from fedpriv.deploy.kinds import in_file, require_kind
 from fedpriv.deploy.setup.supernode import flower_home, held_alone
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import read_config_file
@@ -69,7 +71,8 @@ class ServerSettings:
             UserError: If the file is missing or invalid.
         """
         table = {key.replace("-", "_"): value for key, value in read_config_file(path).items()}
-        return read_table(cls, table, "")
+        with in_file(path):
+            return read_table(cls, table, "")
 
 
 def run_server(folder: Path) -> int:
@@ -85,13 +88,11 @@ def run_server(folder: Path) -> int:
         UserError: If the folder fails a check, or the server already runs.
     """
     folder = folder.resolve()
-    if not folder.is_dir():
-        raise UserError(
-            str(folder), "a server's folder", "a missing folder", "Give a folder from `fedpriv deploy init`"
-        )
+    require_kind(folder, "server")
     refuse_wrong(folder, check_server_folder(folder))
     settings = ServerSettings.read(folder / SERVER_TOML)
     with held_alone(flower_home(folder)):
+        _refuse_used(settings)
         from fedpriv.flower.internals.superlink import run_superlink
 
         options = [
@@ -106,6 +107,19 @@ def run_server(folder: Path) -> int:
         os.environ[PREPARED] = "flwr-serverapp"
         # The run's own process reaches the SuperLink at the address at which it listens.
         return run_superlink(options, [*settings.admin_from, "127.0.0.1", "::1", settings.listen])
+
+
+def _refuse_used(settings: ServerSettings) -> None:
+    """Raise a `UserError` if another program listens at the server's port."""
+    port = split_address(settings.address, "address")[1]
+    family = socket.AF_INET6 if ":" in settings.listen else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((settings.listen, port))
+    except OSError as error:
+        where, remedy = f"{settings.listen}:{port}", "Stop the program that listens there, or change server.toml"
+        raise UserError(where, "a free port of this machine", error.strerror or error, remedy) from None
 
 
 def check_server_folder(folder: Path) -> list[Finding]:

@@ -17,6 +17,7 @@ import tomli_w
 from fedpriv.deploy.checks import WrongServerError, call_server, refuse_wrong, split_address
 from fedpriv.deploy.device.folder import NODE_TOML, NodeSettings, check_node_folder
 from fedpriv.deploy.helper.folder import HELPER_TOML, HelperSettings, check_helper_folder
+from fedpriv.deploy.kinds import require_kind
 from fedpriv.errors import UserError
 from fedpriv.files import lock_file, write_atomically
 from fedpriv.flower.bundle import app_files, app_hash
@@ -38,8 +39,7 @@ def run_node(bundle: Path) -> int:
         UserError: If the folder fails a check, the server is not authentic, or the node already runs.
     """
     bundle = bundle.resolve()
-    if not bundle.is_dir():
-        raise UserError(str(bundle), "a node's folder", "a missing folder", "Give a folder from `fedpriv deploy init`")
+    require_kind(bundle, "node", "helper")
     helps = (bundle / HELPER_TOML).is_file()
     refuse_wrong(bundle, check_helper_folder(bundle) if helps else check_node_folder(bundle))
     settings = HelperSettings.read(bundle / HELPER_TOML) if helps else NodeSettings.read(bundle / NODE_TOML)

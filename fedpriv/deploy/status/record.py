@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fedpriv.errors import UserError
+from fedpriv.deploy.kinds import text_of
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.files import open_to_append, write_pieces_atomically
 from fedpriv.privacy.released import OWNER_ONLY, mode_of
@@ -162,10 +162,7 @@ def known_runs(home: Path) -> list[Path]:
     path = home / RUNS_FILE
     if not path.exists():
         return []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(str(path), "a list of run directories", error, "Remove the file, or restore a copy") from None
+    lines = text_of(path, "a list of run directories", "Remove the file, or restore a copy").splitlines()
     return [Path(line) for line in dict.fromkeys(lines) if Path(line).is_dir()]
 
 

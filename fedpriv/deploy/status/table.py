@@ -1,6 +1,7 @@
 """Tables of a deployment's view for terminals, and the same as JSON."""
 
 import dataclasses
+import datetime
 import json
 from collections.abc import Mapping
 
@@ -8,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fedpriv.deploy.status.view import DeploymentView, NodeView
+from fedpriv.deploy.status.view import DAMAGED, DeploymentView, NodeView
 
 __all__ = ["as_json", "list_table", "status_table"]
 
@@ -16,8 +17,14 @@ _STYLES = {"online": "green", "offline": "yellow", "absent": "red", "not registe
 
 
 def as_json(view: DeploymentView) -> str:
-    """Return a view as one JSON object. Times are seconds since 1970; null is an unknown time."""
-    return json.dumps(dataclasses.asdict(view), indent=2)
+    """Return a view as one JSON object. Times are in UTC, as in ISO 8601; null is an unknown time."""
+    content = dataclasses.asdict(view)
+    content["now"] = _time(view.now)
+    for run in content["runs"]:
+        run["written"] = _time(run["written"])
+    for node in content["nodes"]:
+        node["last_seen"] = _time(node["last_seen"])
+    return json.dumps(content, indent=2)
 
 
 def list_table(view: DeploymentView) -> RenderableType:
@@ -40,18 +47,12 @@ def status_table(view: DeploymentView) -> RenderableType:
         age = f", last written {_ago(run.written, view.now)}" if run.state != "finished" else ""
         lines.append(f"run         {run.name}: {run.state}, {rounds}{age}{f' ({mark})' if mark else ''}; {run.path}")
     if not view.runs:
-        lines.append("run         none")
-    table = _table("node", "state", "last seen", "counted", "missed", "refused", "budget left")
+        lines.append("run         none yet")
+    rounds = ("counted", "missed", "refused") if view.shown else ()
+    table = _table("node", "state", "last seen", *rounds, "budget left")
     for node in view.nodes:
-        table.add_row(
-            node.name,
-            _state(node.state),
-            _ago(node.last_seen, view.now),
-            f"{node.counted}/{node.asked}",
-            str(node.missed),
-            _refusals(node.refused),
-            _budget(node),
-        )
+        seen = _ago(node.last_seen, view.now)
+        table.add_row(node.name, _state(node.state), seen, *(_rounds(node) if rounds else ()), _budget(node))
     return Group(Text("\n".join(lines)), table)
 
 
@@ -66,12 +67,26 @@ def _state(state: str) -> Text:
     return Text(state, style=_STYLES.get(state, ""))
 
 
+def _rounds(node: NodeView) -> tuple[str, str, str]:
+    """Return the rounds that counted, were missed and were refused; dashes for a node that was never asked."""
+    if not node.asked:
+        return "-", "-", "-"
+    return f"{node.counted} of {node.asked}", str(node.missed), _refusals(node.refused)
+
+
 def _refusals(refused: Mapping[str, int]) -> str:
     return ", ".join(f"{kind} {count}" for kind, count in refused.items()) or "0"
 
 
 def _budget(node: NodeView) -> Text:
-    return Text(node.budget, style="red" if node.budget == "used up" or node.budget.startswith("0 of") else "")
+    bad = node.budget in ("used up", DAMAGED) or node.budget.startswith("0 of")
+    return Text(node.budget, style="red" if bad else "")
+
+
+def _time(moment: float | None) -> str | None:
+    if moment is None:
+        return None
+    return datetime.datetime.fromtimestamp(moment, datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _ago(moment: float | None, now: float) -> str:

@@ -14,16 +14,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedpriv.deploy.checks import call_server, load_certificate, split_address
+from fedpriv.deploy.kinds import described
 from fedpriv.deploy.status.record import NODES_FILE, SeenNodes, known_runs, read_seen
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import read_config_file
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.tables import Record
 
-__all__ = ["DeploymentView", "NodeView", "RunView", "view_of"]
+__all__ = ["DAMAGED", "DeploymentView", "NodeView", "RunView", "view_of"]
 
 _PARTICIPATION = "participation.jsonl"
 _ELSEWHERE = "at the node"
+DAMAGED = "damaged records"
+"""The budget of a node whose policy or ledger cannot be read; `fedpriv deploy check` names the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +152,7 @@ def _root(folder: Path) -> Path:
     if (folder / "register.sh").is_file() or (folder / "server.toml").is_file():
         return folder.parent
     remedy = "Give the folder that `fedpriv deploy init` made, server or admin in it, or the --out of a run"
-    raise UserError(str(folder), "a folder of a deployment, or a run directory", "a different folder", remedy)
+    raise UserError(str(folder), "a folder of a deployment, or a run directory", described(folder), remedy)
 
 
 def _address(root: Path) -> str:
@@ -289,6 +292,11 @@ def _of_run(name: str, seen: SeenNodes | None, rows: Sequence[Record], run: Path
     )
 
 
+def _number(value: float) -> str:
+    """Return a number with four digits, and without an exponent."""
+    return f"{value:.0f}" if value >= 1000.0 else f"{value:.4g}"
+
+
 def _budget(root: Path | None, name: str, node: NodeView) -> str:
     """Return the budget left: from the node's own folder if it is here, otherwise from its refusals."""
     if name.startswith("helper-"):
@@ -300,8 +308,9 @@ def _budget(root: Path | None, name: str, node: NodeView) -> str:
         with suppress(UserError, OSError):
             policy = load_policy(root / name / "fedpriv-client.toml")
             limits, unit = policy.limits, policy.accepts.unit
-            state = root / name / "state"
-            entries = Ledger(state).entries() if state.is_dir() else []
-            used = spent(entries, limits.delta, limits.adjacency, unit)
-            return f"{max(limits.epsilon - used, 0.0):.4g} of {limits.epsilon:g}"
+            ledger = Ledger(root / name / "state")
+            entries = ledger.entries()
+            used = spent(entries, ledger.share(limits.delta), limits.adjacency, unit) + ledger.charged
+            return f"{_number(max(limits.epsilon - used, 0.0))} of {_number(limits.epsilon)}"
+        return DAMAGED
     return "used up" if node.refused.get("budget") else _ELSEWHERE

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 import click
+import httpx
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -32,7 +33,7 @@ from flwr.supercore.control import ControlHttpClient
 
 from fedpriv.errors import UserError
 
-__all__ = ["Administrator", "KnownNode", "KnownRun", "administering"]
+__all__ = ["Administrator", "KnownNode", "KnownRun", "SilentServerError", "administering"]
 
 
 @dataclass(frozen=True)
@@ -70,18 +71,22 @@ class KnownRun:
     details: str
 
 
+class SilentServerError(UserError):
+    """Error for a SuperLink that does not answer."""
+
+
 class Administrator:
     """Administrator's connection to a SuperLink. Keys are public keys in OpenSSH's format, without comments.
 
     Each method raises a `UserError` if the SuperLink does not carry out the request.
     """
 
-    def __init__(self, client: ControlHttpClient) -> None:
-        self._client = client
+    def __init__(self, client: ControlHttpClient, address: str = "") -> None:
+        self._client, self._address = client, address
 
     def nodes(self) -> dict[bytes, KnownNode]:
         """Return every node, past and present, in the records of the SuperLink, by its key."""
-        with _in_one_line():
+        with _in_one_line(self._address):
             found = self._client.ListNodes(ListNodesRequest()).nodes_info
         in_order = sorted(found, key=lambda node: node.registered_at)
         return {
@@ -90,20 +95,20 @@ class Administrator:
 
     def runs(self) -> list[KnownRun]:
         """Return every run in the records of the SuperLink."""
-        with _in_one_line():
+        with _in_one_line(self._address):
             answer = self._client.ListRuns(ListRunsRequest())
             rows = format_runs([run_from_proto(run) for run in answer.run_dict.values()], answer.now)
         return [KnownRun(row.run_id, row.status_text, row.details) for row in rows]
 
     def register(self, key: bytes, name: str) -> None:
         """Register the key of a node with the SuperLink."""
-        with _in_one_line():
+        with _in_one_line(self._address):
             pem = load_ssh_public_key(key).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
             self._client.RegisterNode(RegisterNodeRequest(public_key=pem, name=name))
 
     def unregister(self, node: KnownNode) -> None:
         """Make the SuperLink reject a node permanently."""
-        with _in_one_line():
+        with _in_one_line(self._address):
             self._client.UnregisterNode(UnregisterNodeRequest(node_id=node.id))
 
 
@@ -117,22 +122,32 @@ def administering(admin: Path, connection: str) -> Iterator[Administrator]:
 
     Raises:
         UserError: If there is no such connection.
+        SilentServerError: From its methods, if the SuperLink does not answer.
     """
     os.environ["FLWR_HOME"] = str(admin)
     with _in_one_line():
-        client = init_http_client_from_connection(read_superlink_connection(connection))
+        found = read_superlink_connection(connection)
+        client = init_http_client_from_connection(found)
     try:
-        yield Administrator(client)
+        yield Administrator(client, str(found.address or ""))
     finally:
         client.close()
 
 
 @contextmanager
-def _in_one_line() -> Iterator[None]:
+def _in_one_line(address: str = "") -> Iterator[None]:
     """Turn Flower's exceptions into a `UserError`, and suppress its output."""
+
+    def silent(error: Exception) -> None:
+        if isinstance(error, httpx.RequestError):
+            remedy = "Start it with server/start-superlink.sh, or correct its address in admin/config.toml"
+            raise SilentServerError(f"the server at {address}", "an answer", "none", remedy) from None
+
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), flwr_cli_exc_handler():
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), flwr_cli_exc_handler(silent):
             yield
+    except UserError:
+        raise
     except (click.ClickException, OSError, RuntimeError, ValueError, UnsupportedAlgorithm) as error:
         reason = error.format_message() if isinstance(error, click.ClickException) else str(error)
         remedy = "See `fedpriv deploy check` of this folder, and admin-from in the server's server.toml"
