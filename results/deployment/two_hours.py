@@ -57,6 +57,7 @@ damping = 0.1
 [privacy]
 trust = "aggregator"
 noise_multiplier = 0.5
+delta = 1e-7
 [aggregation]
 helpers = 1
 least_survivors = 3
@@ -85,7 +86,7 @@ class Session:
     name: str
     clients: int
     events: tuple[tuple[int, str], ...] = ()
-    rounds: int = 7
+    rounds: int = 6
 
 
 AFTER = 99
@@ -101,7 +102,7 @@ SESSIONS = (
     )),
     Session(35, "killed-server", 5, (
         (3, "kill server"), (3, "deploy status {d}"), (3, "wait 20"), (3, "start server"), (3, "resume"),
-        (6, "deploy backup {d}/server {b}/server.tar"),
+        (5, "deploy backup {d}/server {b}/server.tar"),
     )),
     Session(47, "added-node", 6, (
         (0, "deploy status {d}"),
@@ -130,8 +131,8 @@ SESSIONS = (
         (AFTER, "start node-1"),
     )),
     Session(105, "removed-node", 6, (
-        (2, "pause node-2"), (3, "continue node-2"),
-        (5, "deploy remove node-1 {d}"), (6, "deploy status {d}"), (AFTER, "deploy list {d}"),
+        (1, "pause node-2"), (2, "continue node-2"),
+        (4, "deploy remove node-1 {d}"), (5, "deploy status {d}"), (AFTER, "deploy list {d}"),
     )),
 )  # fmt: skip
 
@@ -346,7 +347,7 @@ def main() -> None:
     parser.add_argument("command", choices=["run", "check"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--minutes", type=float, default=120.0)
-    parser.add_argument("--deadline", type=float, default=120.0)
+    parser.add_argument("--deadline", type=float, default=75.0)
     parser.add_argument("--only", default="", help="names of sessions, for a rehearsal")
     found = parser.parse_args()
     names = found.only.split(",")

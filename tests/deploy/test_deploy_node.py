@@ -515,4 +515,4 @@ def test_a_node_waits_for_a_server_that_is_not_up(deployment, started, monkeypat
 
 
 def test_a_folder_that_is_not_there_is_one_line(tmp_path, capsys):
-    assert "expected a node's folder" in refused(tmp_path / "none", capsys)
+    assert "expected the folder of a node or a helper, got a missing folder" in refused(tmp_path / "none", capsys)

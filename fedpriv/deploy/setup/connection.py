@@ -23,7 +23,7 @@ def connection_of(folder: Path) -> str:
     connection = superlink.get(CONNECTION, {}) if isinstance(superlink, dict) else {}
     if not isinstance(connection, dict):
         connection = {}
-    remedy = "Restore a copy of the file"
+    remedy = "Run ./register.sh, which writes it, or restore a copy of the file"
     address, certificate = str(connection.get("address", "")), str(connection.get("root-certificates", ""))
     if connection.get("insecure"):
         raise UserError(f"{path}: insecure", "no such key", "true", "Remove the key, because it disables TLS")
