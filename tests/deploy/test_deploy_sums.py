@@ -14,6 +14,7 @@ from flower_in_process import NodeError
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedpriv.deploy import server as deployment
+from fedpriv.deploy import sums
 from fedpriv.deploy.device.ledger import Ledger, account_of, spent
 from fedpriv.deploy.device.memory import MemoryFile
 from fedpriv.deploy.device.policy import POLICY_FILE, AggregationLimits, load_policy
@@ -27,7 +28,7 @@ from fedpriv.deploy.helper.folder import (
 )
 from fedpriv.deploy.helper.messages import question_of
 from fedpriv.deploy.parties import helper_list, parties_config
-from fedpriv.deploy.setup.provision import init_deployment, make_deployment
+from fedpriv.deploy.setup.provision import add_nodes, init_deployment, make_deployment
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import load_config
 from fedpriv.experiment.execution import Execution
@@ -35,6 +36,7 @@ from fedpriv.experiment.run import run_experiment
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.flower.bundle import app_files
 from fedpriv.flower.messages import ARRAYS, FEDPRIV, TERMS, masked_of, refused
+from fedpriv.privacy import Aggregation, Everyone, make_plan
 from fedpriv.secure import HelperKey, Masked, Query
 
 CLIENTS = 4
@@ -591,3 +593,25 @@ def test_a_new_deployment_pins_its_helpers_and_tells_a_run_who_they_are(tmp_path
 def test_limits_with_mistakes_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=rf"aggregation\.{next(iter(change))}"):
         AggregationLimits(**change)
+
+
+def test_a_client_that_is_enrolled_during_a_run_counts_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list that is being edited keeps the clients of the start."""
+    folder = tmp_path / "d"
+    init_deployment(folder, make_deployment(host="127.0.0.1", nodes=2, trust="aggregator", helpers=1))
+    parties = helper_list(parties_config(folder / "admin"))
+    found: list[set[int]] = []
+    plan = make_plan(
+        trust=Aggregation(helpers=1, least_survivors=2, colluders=0, most=3, size=4),
+        sampling=Everyone(3),
+        rounds=2,
+        delta=1e-5,
+        l2_bound=1.0,
+        noise_multiplier=1.0,
+    )
+    monkeypatch.setattr(sums, "Collector", lambda *given: found.append(set(given[-1])))
+    for step in (lambda: add_nodes(folder, 1), lambda: (folder / "admin" / CLIENTS_TOML).write_text("[clie")):
+        sums.SecureSums(plan, parties).collected(None, {})  # type: ignore[arg-type]
+        step()
+    sums.SecureSums(plan, parties).collected(None, {})  # type: ignore[arg-type]
+    assert found == [{0, 1}, {0, 1, 2}, {0, 1}]

@@ -296,6 +296,14 @@ def test_a_run_of_another_name_is_charged_in_full(device: Device) -> None:
     assert spent(Ledger(device.folder).entries(), 3e-5, "replace") == pytest.approx(2 * one)
 
 
+def test_a_run_for_which_no_delta_is_left_is_refused_by_its_delta(device: Device) -> None:
+    """The sum of epsilons is far below the budget: only delta is used up, and the line has to say so."""
+    ask(device, told())
+    with pytest.raises(Refusal, match=r"delta of this client's runs: expected at most 1e-05 .*, got 2e-05") as no:
+        ask(device, told(run="r2"))
+    assert (no.value.kind, "smaller privacy.delta" in str(no.value)) == ("budget", True)
+
+
 @pytest.mark.parametrize("share", [0.99, 1.01])
 def test_a_device_charges_the_matrix_under_its_own_adjacency(share: float, tmp_path: Path) -> None:
     """The server says add-or-remove; at the first message, all turns of the run are charged."""

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.deploy.device.heads import Head, LedgerKey
-from fedpriv.deploy.device.ledger import LOCK_FILE, Entry, Ledger, in_words, spent, surely_within
+from fedpriv.deploy.device.ledger import LOCK_FILE, Entry, Ledger, delta_of_runs, in_words, spent, surely_within
 from fedpriv.deploy.device.masking import masks_of
 from fedpriv.deploy.device.memory import MemoryFile, Record, remembered_ledgers
 from fedpriv.deploy.device.policy import POLICY_FILE, Policy, load_policy
@@ -39,7 +39,7 @@ from fedpriv.flower.messages import ClientInstructions, RunTerms, method_name
 from fedpriv.flower.privacy_terms import PrivacyTerms
 from fedpriv.flower.refusals import Refusal
 from fedpriv.methods import ClientState, Method, has_memory, message_size, own_signal_of
-from fedpriv.privacy import PrivacyPlan
+from fedpriv.privacy import PrivacyPlan, UnitName
 from fedpriv.rounds import client_round, integer_sums
 from fedpriv.streams import Streams, SystemStreams
 
@@ -219,9 +219,18 @@ class Device:
                 continue
             epsilon = spent(releases, delta, limits.adjacency, unit) + ledger.charged
             if not epsilon <= budget:
+                self._refuse_deltas(releases, delta, unit)
                 expected = f"at most {budget:g} at delta = {limits.delta:g} for one {unit}, over all runs"
                 remedy = f"Ask this client's operator, who sets its budget in {POLICY_FILE}"
                 raise Refusal("budget", "epsilon after another message", expected, in_words(epsilon), remedy)
+
+    def _refuse_deltas(self, releases: list[Entry], delta: float, unit: UnitName) -> None:
+        """Raise a `Refusal` if the deltas of runs alone exceed what is left: no epsilon is finite then."""
+        total = delta_of_runs(releases, self.policy.limits.adjacency, unit)
+        if total > delta:
+            expected = f"at most {delta:g} for all of them together, the rest of limits.delta in {POLICY_FILE}"
+            remedy = "Runs without local trust cost their whole delta: choose a smaller privacy.delta for each run"
+            raise Refusal("budget", "delta of this client's runs", expected, f"{total:g}", remedy)
 
     def _make(
         self,

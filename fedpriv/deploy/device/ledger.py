@@ -26,7 +26,7 @@ from fedpriv.flower.privacy_terms import PrivacyTerms
 from fedpriv.privacy import REPLACE_FACTOR, Adjacency, Everyone, Local, PrivacyPlan, UnitName, rounded_up
 from fedpriv.privacy.records import RecordBound
 
-__all__ = ["Draft", "Entry", "Ledger", "account_of", "in_words", "spent", "surely_within"]
+__all__ = ["Draft", "Entry", "Ledger", "account_of", "delta_of_runs", "in_words", "spent", "surely_within"]
 
 LEDGER_FILE = "ledger.jsonl"
 HEAD_FILE = "ledger.head"
@@ -240,6 +240,23 @@ def surely_within(
     return rho + 2.0 * math.sqrt(rho * math.log(1.0 / delta)) <= epsilon
 
 
+def delta_of_runs(entries: Sequence[Entry], adjacency: Adjacency, unit: UnitName = "client") -> float:
+    """Return the sum of the deltas of runs that cost their whole guarantee: those without local trust.
+
+    Args:
+        entries: Releases.
+        adjacency: See `spent`.
+        unit: See `spent`.
+    """
+    return math.fsum(plan.delta for *_, plan in _by_others(entries, adjacency, unit))
+
+
+def _by_others(entries: Sequence[Entry], adjacency: Adjacency, unit: UnitName) -> set[tuple[str, int, PrivacyPlan]]:
+    """Return run, client and plan of each run in which others add noise."""
+    promised = [entry for entry in entries if entry.trust_rules is not None]
+    return {(e.run, e.client, _plan_of(e, unit, adjacency)) for e in promised if not e.charges_participations}
+
+
 def spent(entries: Sequence[Entry], delta: float, adjacency: Adjacency, unit: UnitName = "client") -> float:
     """Return epsilon at `delta` of all releases together; infinite if any release has no privacy guarantee.
 
@@ -260,7 +277,7 @@ def spent(entries: Sequence[Entry], delta: float, adjacency: Adjacency, unit: Un
     if any(entry.trust_rules is None for entry in entries):
         return math.inf
     local = [entry for entry in entries if entry.charges_participations]
-    central = {(e.run, e.client, _plan_of(e, unit, adjacency)) for e in entries if not e.charges_participations}
+    central = _by_others(entries, adjacency, unit)
     left = delta - math.fsum(plan.delta for *_, plan in central)
     if left < 0.0 or (local and left <= 0.0):
         return math.inf
