@@ -115,9 +115,10 @@ def renew(
     from fedpriv.deploy.setup.provision import renew_certificate
 
     renew_certificate(folder, days, host)
-    say(
-        f"made        {folder / 'server'}/server.pem and server.key\nnext        copy both to the server and restart it"
-    )
+    say(f"made        {folder / 'server'}/server.pem and server.key")
+    say("next        copy both to the server and restart it")
+    if host is not None:
+        say(f"host        also copy server.toml, and set superlink of every node.toml and helper.toml to {host}")
 
 
 @deploy.command()

@@ -1,7 +1,7 @@
 """A federation that is operated for two hours: five nodes and a helper on this machine, and everything that happens.
 
-    python results/deployment/two_hours.py run FOLDER [--minutes 120]    the deployment lives in FOLDER
-    python results/deployment/two_hours.py check FOLDER                  compares models and ledgers, fills the page
+    python results/deployment/two_hours.py FOLDER [--minutes 120]    the deployment lives in FOLDER
+    python results/deployment/two_hours_page.py FOLDER               compares models and ledgers, fills the page
 
 `SESSIONS` is the timetable: ten runs of secure aggregation with seeded noise, and what is done to server, nodes and
 helper after which round. Every action is logged with its time, exit code and output in `events.jsonl`, every new line
@@ -154,6 +154,7 @@ class Federation:
         self.parties = Loopback(self.folder / "deployment", nodes=5, helpers=1, port=PORT)
         self.backups = self.folder / "backups"
         self.backups.mkdir(parents=True)
+        (self.folder / "origin.json").write_text(json.dumps({"began": self.began}), encoding="utf-8")
 
     @property
     def rounds(self) -> list[dict[str, Any]]:
@@ -342,9 +343,8 @@ class Federation:
 
 
 def main() -> None:
-    """Run or check."""
+    """Run the timetable."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["run", "check"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--minutes", type=float, default=120.0)
     parser.add_argument("--deadline", type=float, default=75.0)
@@ -352,9 +352,8 @@ def main() -> None:
     found = parser.parse_args()
     names = found.only.split(",")
     sessions = tuple(one for one in SESSIONS if not found.only or one.name in names)
-    if found.command == "run":
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-        Federation(found.folder.resolve(), found.minutes / 120.0, found.deadline, sessions).live()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    Federation(found.folder.resolve(), found.minutes / 120.0, found.deadline, sessions).live()
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ CASES: dict[str, tuple[str, Preparation, str]] = {
     "register, no TOML": ("register D", damaged("admin/config.toml", b"[[["), "config.toml: expected a TOML file"),
     "register, no table": ("register D", damaged("admin/config.toml", b"[superlink]\ndeployment = 3"), "config.toml: "),
     "register, damaged CA": ("register D", damaged("admin/ca.crt"), "ca.crt: expected a certificate"),
-    "register, no server": ("register D", nothing, r"the server at 127.0.0.1:\d+: .* got none. Start it with"),
+    "register, no server": ("register D", nothing, r"the server at 127.0.0.1:\d+: .* got silence. Start it with"),
     "remove nobody": ("remove '' D", nothing, "^fedpriv: NAME: .* got ''. Known: "),
     "remove another": ("remove nod-1 D", nothing, "got 'nod-1'. Did you mean 'node-1'"),
     "remove, no server": ("remove node-1 D", nothing, r"the server at 127.0.0.1:\d+: "),

@@ -70,7 +70,7 @@ def back_up(folder: Path, file: Path) -> str:
     if kind == "node":
         facts["lines"] = _intact(folder).lines
     if not file.parent.is_dir():
-        raise UserError(str(file), "a new file in an existing folder", "no such folder", f"Create {file.parent}")
+        raise UserError(str(file), "a new file in an existing folder", "a missing folder", f"Create {file.parent}")
     part = file.with_name(f"{file.name}.part")
     part.unlink(missing_ok=True)
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -141,7 +141,7 @@ def _in_one_line(address: str = "") -> Iterator[None]:
     def silent(error: Exception) -> None:
         if isinstance(error, httpx.RequestError):
             remedy = "Start it with server/start-superlink.sh, or correct its address in admin/config.toml"
-            raise SilentServerError(f"the server at {address}", "an answer", "none", remedy) from None
+            raise SilentServerError(f"the server at {address}", "an answer", "silence", remedy) from None
 
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), flwr_cli_exc_handler(silent):
