@@ -182,7 +182,7 @@ class Attendance:
             remedy = "Do not use the model: it holds the initial values and at most noise"
             raise UserError("the run", "messages that count", got, remedy)
         if 0 < self.messages == self.non_finite:
-            got = f"no finite number in any of {number_of(self.messages, 'update')}, which count as zero"
+            got = f"{number_of(self.messages, 'update')} with values that are not finite, counted as zero"
             raise UserError("the run", "updates of finite numbers", got, "Lower the learning rate of the app")
 
     def _refuse_too_many(self, round: int, counted: Collection[int], failures: Mapping[int, str]) -> None:
