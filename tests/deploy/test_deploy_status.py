@@ -256,3 +256,13 @@ def test_waiting_is_for_deployments_alone(tmp_path: Path, capsys: pytest.Capture
         main(["run", "sim_configs/quickstart.toml", "--wait", "--out", str(tmp_path / "run")])
     assert end.value.code == 2
     assert "--wait" in capsys.readouterr().err
+
+
+def test_the_budget_counts_charges_of_restored_ledgers_and_has_no_exponent(folder: Path) -> None:
+    from fedpriv.deploy.device.ledger import Ledger
+
+    policy = folder / "node-0" / "fedpriv-client.toml"
+    Ledger(folder / "node-0" / "state").charge(3.0, "restored")
+    assert by_name(view_of(folder, connect=False))["node-0"].budget == "5 of 8"
+    policy.write_text(policy.read_text().replace("epsilon = 8.0", "epsilon = 12345.0"))
+    assert by_name(view_of(folder, connect=False))["node-0"].budget == "12342 of 12345"

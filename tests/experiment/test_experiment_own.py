@@ -1,5 +1,6 @@
 """Own models, data and methods: a class or a function in a file, named by the config."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -441,6 +442,7 @@ def test_check_says_what_an_experiment_consists_of_and_writes_nothing(folder, ca
     assert "120 examples to train on, 30 to test on; inputs 5" in shown
     assert "clients     6, 20 examples each; 3 labels" in shown
     assert "model       39 trainable parameters, first loss" in shown
+    assert re.search(r"^signal      of norm \d\S*, computed by one client$", shown, re.MULTILINE)
     assert "source      model.name: module net.py, sha256 " in shown
     assert shown.splitlines()[-1] == f"next        fedpriv run {folder / 'own.toml'} -s model.width=4"
     assert [path for path in sorted(folder.rglob("*")) if "__pycache__" not in str(path)] == before
