@@ -4,7 +4,8 @@
 
 Every run is replayed by the loop engine with the clients that counted in each round; the model must have the same
 bytes. Every line of a ledger must belong to a round in which the server asked the client, and every message that
-counted must have its line. Writes `two-hours.csv`, `two-hours.png` and the tables of `two-hours.md`.
+counted must have its line. Writes `two-hours.csv` (rounds), `two-hours-events.csv`,
+`two-hours.png` and a table of `two-hours.md`.
 """
 
 import json
@@ -167,8 +168,8 @@ def draw(frame: pd.DataFrame, events: Sequence[Mapping[str, Any]]) -> None:
     figure.savefig(HERE / "two-hours.png", dpi=130)
 
 
-def tables(frame: pd.DataFrame, events: Sequence[Mapping[str, Any]]) -> None:
-    """Fill the tables of the page."""
+def write_tables(frame: pd.DataFrame, events: Sequence[Mapping[str, Any]]) -> None:
+    """Fill the table of runs, and write the events."""
     lines = []
     for session, part in frame.groupby("session", sort=False):
         odd = part[["late", "gone", "refused", "invalid", "failed"]]
@@ -183,15 +184,15 @@ def tables(frame: pd.DataFrame, events: Sequence[Mapping[str, Any]]) -> None:
         lines.append([session, minutes, *counts, same, without or "none"])
     head = ("run", "minutes", "rounds", "messages that counted", "lines in ledgers", "bits of the simulation", "others")
     fill("runs", table(head, lines), PAGE)
-    lines = []
-    for event in events:
-        said = [line for line in event["output"].splitlines() if line.strip()]
-        shown = " ".join(said[-1].split()).replace("|", "/") if said else ""
-        code = "" if event["code"] is None else event["code"]
-        action = event["action"].format(d="D", b="BACKUPS")
-        lines.append([f"{event['seconds'] / 60.0:.1f}", event["session"], event["rounds"], f"`{action}`", code, shown])
-    head = ("minute", "run", "finished rounds", "action", "exit code", "last line of its output")
-    fill("events", table(head, lines), PAGE)
+    said = [{**event, "output": _last_line(str(event["output"]))} for event in events]
+    rows = pd.DataFrame(said)[["seconds", "session", "rounds", "action", "code", "output"]]
+    rows.to_csv(HERE / "two-hours-events.csv", index=False)
+
+
+def _last_line(text: str) -> str:
+    """Return the last line of an output that says more than a table's row, of at most 200 characters."""
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    return lines[-1][:200] if lines else ""
 
 
 def main() -> None:
@@ -204,7 +205,7 @@ def main() -> None:
     frame = checked(folder, events)
     frame.to_csv(HERE / "two-hours.csv", index=False, float_format="%.3f")
     draw(frame, events)
-    tables(frame, events)
+    write_tables(frame, events)
     print(frame.to_string())
 
 
