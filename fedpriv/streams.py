@@ -9,10 +9,13 @@ import os
 import random
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import Literal, Protocol
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
+
+from fedpriv.philox import philox_in_c
 
 __all__ = ["Purpose", "Randomness", "SeededSource", "SeededStreams", "Source", "Streams", "SystemStreams", "Words"]
 
@@ -93,11 +96,27 @@ _NOISE = (Purpose.SERVER_NOISE, Purpose.CLIENT_NOISE, Purpose.CLIENT_NOISE_SUM, 
 
 
 class SeededSource:
-    """A Philox generator. Use `rng` directly only for draws that need no secrecy (partitions, minibatches)."""
+    """A Philox generator. Use `rng` directly only for draws that need no secrecy (partitions, minibatches).
 
-    def __init__(self, sequence: np.random.SeedSequence) -> None:
-        self._sequence, self._given = sequence, 0
-        self.rng = np.random.Generator(np.random.Philox(sequence))
+    Its words are made in C if possible: the same words, without making a generator of numpy.
+
+    Args:
+        entropy: The seed, at least 0.
+        address: Numbers that distinguish the streams of a seed, at least 0.
+    """
+
+    def __init__(self, entropy: int, address: tuple[int, ...]) -> None:
+        self._entropy, self._address, self._given = entropy, address, 0
+        self._rng: np.random.Generator | None = None
+        self._key: tuple[int, int] | None = None
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """The generator, after the words drawn so far."""
+        if self._rng is None:
+            self._rng = np.random.Generator(np.random.Philox(self._sequence(self._address)))
+            self._rng.bit_generator.random_raw(self._given, output=False)
+        return self._rng
 
     @property
     def position(self) -> int:
@@ -106,15 +125,23 @@ class SeededSource:
 
     def words(self, size: int) -> np.ndarray:
         """See `Words.words`."""
+        in_c = philox_in_c() if self._rng is None else None
+        if in_c is None:
+            found = self.rng.bit_generator.random_raw(size)
+        else:
+            self._key = self._key or in_c.key(self._entropy, self._address)
+            found = in_c.words(self._key, self._given, size)
         self._given += size
-        return self.rng.bit_generator.random_raw(size)
+        return found
 
     def more(self, position: int, number: int) -> int:
         """See `Words.more`; depends on address, position and number alone."""
         # Longer than any address, so it never equals one.
-        key = (*self._sequence.spawn_key, _MORE, position % 2**32, position >> 32)
-        child = np.random.SeedSequence(self._sequence.entropy, spawn_key=key)
-        return int(np.random.Philox(child).random_raw(number)[-1])
+        key = (*self._address, _MORE, position % 2**32, position >> 32)
+        return int(np.random.Philox(self._sequence(key)).random_raw(number)[-1])
+
+    def _sequence(self, address: tuple[int, ...]) -> np.random.SeedSequence:
+        return np.random.SeedSequence(self._entropy, spawn_key=address)
 
     def uniform(self, size: int) -> np.ndarray:
         """See `Source.uniform`."""
@@ -144,11 +171,11 @@ class SeededStreams:
 
     def source(self, purpose: Purpose, round: int = 0, client: int = 0) -> SeededSource:
         """See `Streams.source`."""
-        address = (int(purpose), int(round), int(client))
         own = purpose in _NOISE or (self.own_cohorts and purpose is Purpose.COHORT)
-        entropy = self._noise_seed() if own else self.seed
-        return SeededSource(np.random.SeedSequence(entropy, spawn_key=address))
+        entropy = self._noise_seed if own else self.seed
+        return SeededSource(entropy, (int(purpose), int(round), int(client)))
 
+    @cached_property
     def _noise_seed(self) -> int:
         return int.from_bytes(hashlib.sha256(f"{self.seed} {self.noise_id}".encode()).digest(), "little")
 

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fedpriv.mechanisms.gaussian import rounded_noise
+from fedpriv.mechanisms.gaussian import noised
 from fedpriv.streams import Purpose, Streams
 
 __all__ = ["HALF_MODULUS", "IntegerSums", "NoServerNoise", "Voids", "centered"]
@@ -65,8 +64,7 @@ class IntegerSums:
             return message.double()
         exact = message.detach().cpu().double().numpy()
         source = streams.source(Purpose.CLIENT_NOISE, round, client)
-        levels = rounded_noise(exact, stddev, source, self.grid)
-        return torch.as_tensor(levels.astype(np.float64) * self.grid, device=message.device)
+        return torch.as_tensor(noised(exact, stddev, source, self.grid), device=message.device)
 
     def noised_rows(
         self, streams: Streams, stddev: float, messages: Tensor, round: int, clients: Sequence[int]
