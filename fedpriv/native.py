@@ -41,7 +41,7 @@ def address_of(array: np.ndarray) -> int:
     """Return the address of an array's numbers: `array.ctypes.data`, in a third of the time if it is writable."""
     if not array.flags.writeable or not array.size:
         return array.ctypes.data
-    return ctypes.addressof(ctypes.c_char.from_buffer(array))
+    return ctypes.addressof(ctypes.c_char.from_buffer(array.data))
 
 
 def about_compiled(there: bool) -> str:

@@ -23,6 +23,8 @@ class PhiloxInC:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._key, self._words = library.philox_key, library.philox_words
+        self.address = ctypes.cast(library.philox_words, ctypes.c_void_p).value
+        """Address of the C function that writes words, for other C functions."""
 
     def key(self, entropy: int, address: tuple[int, ...]) -> tuple[int, int]:
         """Return the key of `numpy.random.Philox(SeedSequence(entropy, spawn_key=address))`.

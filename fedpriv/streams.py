@@ -10,14 +10,24 @@ import random
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
 from fedpriv.philox import philox_in_c
 
-__all__ = ["Purpose", "Randomness", "SeededSource", "SeededStreams", "Source", "Streams", "SystemStreams", "Words"]
+__all__ = [
+    "PhiloxStart",
+    "Purpose",
+    "Randomness",
+    "SeededSource",
+    "SeededStreams",
+    "Source",
+    "Streams",
+    "SystemStreams",
+    "Words",
+]
 
 Randomness = Literal["seeded", "system"]
 """The source of noise and cohorts: a seed, or the operating system."""
@@ -95,6 +105,13 @@ _FEW = 256  # Up to this many words, the operating system is faster than keying 
 _NOISE = (Purpose.SERVER_NOISE, Purpose.CLIENT_NOISE, Purpose.CLIENT_NOISE_SUM, Purpose.SCORE_NOISE, Purpose.STEP_NOISE)
 
 
+class PhiloxStart(NamedTuple):
+    """Key of a generator, and the number of its words before the next one."""
+
+    key: tuple[int, int]
+    position: int
+
+
 class SeededSource:
     """A Philox generator. Use `rng` directly only for draws that need no secrecy (partitions, minibatches).
 
@@ -125,14 +142,26 @@ class SeededSource:
 
     def words(self, size: int) -> np.ndarray:
         """See `Words.words`."""
-        in_c = philox_in_c() if self._rng is None else None
-        if in_c is None:
-            found = self.rng.bit_generator.random_raw(size)
-        else:
-            self._key = self._key or in_c.key(self._entropy, self._address)
-            found = in_c.words(self._key, self._given, size)
+        start, in_c = self.skipped(size), philox_in_c()
+        if start is not None and in_c is not None:
+            return in_c.words(start.key, start.position, size)
+        found = self.rng.bit_generator.random_raw(size)
         self._given += size
         return found
+
+    def skipped(self, size: int) -> PhiloxStart | None:
+        """Skip the next words, for a caller that makes them itself, and return where they begin.
+
+        Returns:
+            None if only numpy can make them; no word is skipped then.
+        """
+        in_c = philox_in_c() if self._rng is None else None
+        if in_c is None:
+            return None
+        self._key = self._key or in_c.key(self._entropy, self._address)
+        start = PhiloxStart(self._key, self._given)
+        self._given += size
+        return start
 
     def more(self, position: int, number: int) -> int:
         """See `Words.more`; depends on address, position and number alone."""

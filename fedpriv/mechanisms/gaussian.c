@@ -255,3 +255,32 @@ size_t release_floats(const struct release *release, const uint64_t *words, cons
     }
     return count;
 }
+
+/* Words of a stream by key and position; see fedpriv/philox.c. */
+typedef void make_words(uint64_t key0, uint64_t key1, uint64_t position, size_t size, uint64_t *words);
+
+/* Where the words of a row of values begin. */
+struct stream {
+    uint64_t key[2], position;
+};
+
+/* Release rows of values, float64 or float32, each with its own stream, whose words never leave the cache. */
+size_t release_rows(const struct release *release, make_words *make, const struct stream *streams, size_t rows,
+                    size_t size, size_t doubles, const void *values, void *released, int64_t *positions) {
+    uint64_t words[BLOCK];
+    size_t count = 0;
+    for (size_t row = 0; row < rows; row++)
+        for (size_t start = 0; start < size; start += BLOCK) {
+            const size_t length = size - start < BLOCK ? size - start : BLOCK, at = row * size + start;
+            const struct stream *stream = streams + row;
+            make(stream->key[0], stream->key[1], stream->position + start, length, words);
+            const size_t found =
+                doubles ? release_doubles(release, words, (const double *)values + at, length, (double *)released + at,
+                                          positions + count)
+                        : release_floats(release, words, (const float *)values + at, length, (float *)released + at,
+                                         positions + count);
+            for (size_t i = 0; i < found; i++)
+                positions[count++] += (int64_t)at;
+        }
+    return count;
+}

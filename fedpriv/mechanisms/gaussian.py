@@ -9,21 +9,22 @@ distribution.
 
 import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
 from fedpriv.errors import UserError
 from fedpriv.mechanisms.tails import Tail
 from fedpriv.native import address_of, native_library
-from fedpriv.streams import Words
+from fedpriv.philox import philox_in_c
+from fedpriv.streams import PhiloxStart, SeededSource, Words
 
-__all__ = ["MAX_STDDEV", "MAX_STEPS", "MIN_STDDEV", "noised", "release_grid", "rounded_noise"]
+__all__ = ["MAX_STDDEV", "MAX_STEPS", "MIN_STDDEV", "noised", "noised_rows", "release_grid", "rounded_noise"]
 
 MIN_STDDEV, MAX_STDDEV = 2.0**-500, 2.0**500
 """Range of standard deviations in which grid, quotients and products are normal float64 numbers."""
@@ -97,43 +98,75 @@ def rounded_noise(values: np.ndarray, stddev: float, source: Words, grid: float 
     return rounded
 
 
-def noised(
-    values: np.ndarray,
-    stddev: float,
-    source: Words,
-    grid: float | None = None,
-    level: int = int(MAX_STEPS),
-    out: np.ndarray | None = None,
-) -> np.ndarray:
-    """Return the release, in the values' number format: `rounded_noise` times the grid, of at most `level` steps.
+def noised(values: np.ndarray, stddev: float, source: Words, grid: float | None = None) -> np.ndarray:
+    """Return the release, in the values' number format: `rounded_noise` times the grid; see `noised_rows`.
 
     Args:
         values: The protected values, float32 or float64 `[size]`.
         stddev: See `rounded_noise`.
         source: See `rounded_noise`.
         grid: See `rounded_noise`.
+    """
+    return noised_rows(values[None], stddev, [source], grid)[0]
+
+
+def noised_rows(
+    values: np.ndarray,
+    stddev: float,
+    sources: Sequence[Words],
+    grid: float | None = None,
+    level: int = int(MAX_STEPS),
+) -> np.ndarray:
+    """Return the releases of several messages, in the values' number format, `[rows, size]`.
+
+    A release is `rounded_noise` times the grid, of at most `level` steps. The result is the same as row by row; the
+    words of seeded sources are made where they are used, if there is a C compiler.
+
+    Args:
+        values: The protected values, float32 or float64 `[rows, size]`.
+        stddev: See `rounded_noise`.
+        sources: Source of randomness of each row.
+        grid: See `rounded_noise`.
         level: Largest absolute value of a release in grid steps; larger ones are clamped, after the noise.
-        out: Receives the release, in the values' number format, `[size]`; by default a new array.
 
     Raises:
         UserError: If the deviation or the grid is out of range.
 
     Formal guarantees:
-        See `rounded_noise`. Products are rounded as numpy rounds them, which is post-processing.
+        See `rounded_noise`. The product is rounded to the number format, which is post-processing.
     """
     stddev = float(stddev)
     step = release_grid(stddev) if grid is None else _checked_grid(float(grid), stddev)
     values, terms = np.ascontiguousarray(values), _Terms(stddev, step, min(level, int(MAX_STEPS)))
-    released, rounding = np.empty_like(values) if out is None else out, _rounding()
-    release = rounding.release if isinstance(rounding, _RoundInC) and rounding.suits(values, terms) else _release
+    released, rounding = np.empty_like(values), _rounding()
+    in_c = rounding if isinstance(rounding, _RoundInC) and rounding.suits(values, terms) else None
+    starts = [_start(source, values.shape[1]) if in_c else None for source in sources]
+    if in_c is not None and None not in starts:
+        in_c.release_rows(values, terms, sources, cast(list[PhiloxStart], starts), released)
+        return released
+    for row, source, start, out in zip(values, sources, starts, released, strict=True):
+        if in_c is not None and start is not None:
+            in_c.release_rows(row[None], terms, [source], [start], out[None])
+        else:
+            _release_row(row, terms, source, in_c.release if in_c else _release, out)
+    return released
+
+
+def _start(source: Words, size: int) -> PhiloxStart | None:
+    """Skip a source's next words and return where they begin, if C can make them."""
+    return source.skipped(size) if isinstance(source, SeededSource) else None
+
+
+def _release_row(
+    values: np.ndarray, terms: "_Terms", source: Words, release: "_Releasing", released: np.ndarray
+) -> None:
     for start in range(0, len(values), _BLOCK):
         block, position = values[start : start + _BLOCK], source.position
         words = source.words(len(block))
         for index in release(words, block, terms, released[start : start + _BLOCK]):
-            number = Tail(source, position + index, int(words[index]))
-            rounded = _round_exactly(float(block[index]), stddev, step, number)
-            released[start + index] = terms.number(np.array([rounded]))[0]
-    return released
+            released[start + index] = terms.exact(
+                float(block[index]), Tail(source, position + index, int(words[index]))
+            )
 
 
 class _Terms(NamedTuple):
@@ -146,6 +179,15 @@ class _Terms(NamedTuple):
     def number(self, steps: np.ndarray) -> np.ndarray:
         """Return the released numbers, float64, of numbers of steps, int64."""
         return np.clip(steps, -self.level, self.level).astype(np.float64) * self.grid
+
+    def exact(self, value: float, number: Tail) -> float:
+        """Return the release of a value, decided with as many bits as it takes."""
+        rounded = _round_exactly(float(value), self.stddev, self.grid, number)
+        return float(self.number(np.array([rounded]))[0])
+
+
+_Releasing = Callable[[np.ndarray, np.ndarray, _Terms, np.ndarray], list[int]]
+"""Writes the releases of values, given words and terms, into the last array; returns the undecided positions."""
 
 
 def _release(words: np.ndarray, values: np.ndarray, terms: _Terms, released: np.ndarray) -> list[int]:
@@ -258,7 +300,8 @@ class _RoundInC:
     """The functions of `gaussian.c`. See `_Rounding`."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._round, self._floats, self._doubles = library.round_noise, library.release_floats, library.release_doubles
+        self._round, self._rows = library.round_noise, library.release_rows
+        self._floats, self._doubles = library.release_floats, library.release_doubles
         self._table = np.zeros((_quantiles().shape[1], 8))
         self._table[:, : _DEGREE + 1] = _quantiles().T
         self._made: tuple[_Terms, _ReleaseInC] | None = None
@@ -278,15 +321,43 @@ class _RoundInC:
         """Do the same as `_release`; the release has the values' number format."""
         return self._run(self._floats if values.dtype == np.float32 else self._doubles, words, values, terms, released)
 
+    def release_rows(
+        self,
+        values: np.ndarray,
+        terms: _Terms,
+        sources: Sequence[Words],
+        starts: Sequence[PhiloxStart],
+        released: np.ndarray,
+    ) -> None:
+        """Write the releases of rows with words of these keys and positions; each source gives further bits."""
+        philox = philox_in_c()
+        if philox is None:
+            raise ValueError("words are made in C, which is not in use")
+        (rows, size), doubles = values.shape, int(values.dtype == np.float64)
+        streams = np.array([(*start.key, start.position) for start in starts], dtype=np.uint64)
+        undecided = np.empty(rows * size, dtype=np.int64)
+        from_, into, found = address_of(values), address_of(released), address_of(undecided)
+        made = self._terms(terms), philox.address, address_of(streams), rows, size, doubles
+        count = self._rows(*made, from_, into, found)
+        for index in undecided[:count].tolist() if count else ():
+            row, place = divmod(int(index), size)
+            position = starts[row].position + place
+            word = int(philox.words(starts[row].key, position, 1)[0])
+            released[row, place] = terms.exact(float(values[row, place]), Tail(sources[row], position, word))
+
     def _run(
         self, function: "_InC", words: np.ndarray, values: np.ndarray, terms: _Terms, out: np.ndarray
     ) -> list[int]:
-        made, size = self._made, len(words)
+        undecided = np.empty(len(words), dtype=np.int64)
+        from_, into, found = address_of(values), address_of(out), address_of(undecided)
+        count = function(self._terms(terms), address_of(words), from_, len(words), into, found)
+        return undecided[:count].tolist() if count else []
+
+    def _terms(self, terms: _Terms) -> _ReleaseInC:
+        made = self._made
         if made is None or made[0] != terms:
             made = self._made = (terms, self._make(terms))
-        undecided = np.empty(size, dtype=np.int64)
-        count = function(made[1], address_of(words), address_of(values), size, address_of(out), address_of(undecided))
-        return undecided[:count].tolist() if count else []
+        return made[1]
 
     def _make(self, terms: _Terms) -> _ReleaseInC:
         ratio, grid = terms.stddev / terms.grid, terms.grid
@@ -304,6 +375,8 @@ def _declare(library: ctypes.CDLL) -> None:
     for function in (library.round_noise, library.release_floats, library.release_doubles):
         function.argtypes = [ctypes.POINTER(_ReleaseInC), address, address, size, address, address]
         function.restype = size
+    library.release_rows.argtypes = [ctypes.POINTER(_ReleaseInC), address, address, *[size] * 3, *[address] * 3]
+    library.release_rows.restype = size
 
 
 def _coarse_edge(ratio: float) -> float:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.mechanisms.base import NoState
-from fedpriv.mechanisms.gaussian import noised, release_grid
+from fedpriv.mechanisms.gaussian import noised, noised_rows, release_grid
 from fedpriv.streams import Purpose, Streams
 
 __all__ = [
@@ -151,11 +151,9 @@ def release_rows(
     """Return `release_message` of each row of `[clients, params]`."""
     if stddev == 0.0:
         return messages
-    exact = _in_numpy(messages)
-    released = np.empty_like(exact)
-    for row, client, out in zip(exact, clients, released, strict=True):
-        noised(row, stddev, streams.source(Purpose.CLIENT_NOISE, round, client), level=level, out=out)
-    return torch.from_numpy(released).to(messages)
+    sources = [streams.source(Purpose.CLIENT_NOISE, round, client) for client in clients]
+    released = noised_rows(_in_numpy(messages), stddev, sources, level=level)
+    return torch.as_tensor(released).to(messages)
 
 
 class StepNoise:
@@ -189,7 +187,7 @@ def _released(
     if stddev == 0.0:
         return values
     exact = values.detach().cpu().double().numpy()
-    return torch.from_numpy(noised(exact, stddev, streams.source(purpose, *address), grid))
+    return torch.as_tensor(noised(exact, stddev, streams.source(purpose, *address), grid))
 
 
 def _in_numpy(messages: Tensor) -> np.ndarray:
