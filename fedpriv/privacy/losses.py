@@ -387,7 +387,7 @@ def _log_transform(losses: Losses, theta: float, size: int) -> np.ndarray:
 
 
 def _power(losses: Losses, theta: float, size: int, count: int) -> np.ndarray:
-    """Return the transform of `count` rounds: a product of two that other numbers of rounds share, if they are small."""
+    """Return the transform of `count` rounds: a product of two that are kept for others, if small."""
     if size > _MAX_SHARED:
         return np.exp(count * _log_transform(losses, theta, size))
     rest = count % _SHARED
@@ -457,7 +457,7 @@ class _Tilted(NamedTuple):
         center: The loss at which weights equal the masses of the tilted sum.
         scale: Log of the common factor: the sum's masses are weights times exp(`scale`).
         infinite: Mass that counts at every epsilon.
-        lifted: Log of the delta that rounding may have added at epsilon 0, and its rate of decrease with epsilon, theta.
+        lifted: Log of the delta that rounding may add at epsilon 0, and its rate of decrease with epsilon, theta.
     """
 
     sums: np.ndarray
