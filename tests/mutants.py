@@ -580,22 +580,28 @@ MUTANTS = [
         "return apply_client_rule(rules.method, state, signal, None, round)",
         CORE,
     ),
-    Mutant("noise of the wrong size", NOISE, "rounded_noise(exact, stddev,", "rounded_noise(exact, stddev**0.5,", CORE),
+    Mutant(
+        "noise of the wrong size",
+        NOISE,
+        "noised(exact, stddev, streams.source(purpose, *address), grid)",
+        "noised(exact, stddev**0.5, streams.source(purpose, *address), grid)",
+        CORE,
+    ),
     Mutant(
         "noise is not rounded to a grid",
         NOISE,
-        "torch.as_tensor(np.clip(levels, -level, level).astype(np.float64) * grid)",
+        "torch.as_tensor(noised(exact, stddev, streams.source(purpose, *address), grid))",
         "values.double() + torch.randn(values.shape, dtype=torch.float64) * stddev",
         "tests/privacy/test_privacy_floats.py",
     ),
     Mutant(
         "the grid is finer than the noise needs",
         NOISE,
-        "grid = release_grid(stddev) if grid is None else grid",
-        "grid = 2.0**-40",
+        "noised(exact, stddev, streams.source(purpose, *address), grid)",
+        "noised(exact, stddev, streams.source(purpose, *address), 2.0**-40)",
         CORE,
     ),
-    Mutant("levels are not clamped", NOISE, "np.clip(levels, -level, level)", "levels", CORE),
+    Mutant("levels are not clamped", NOISE, "stddev, sources, level=level)", "stddev, sources)", CORE),
     Mutant(
         "experiments with one seed share their noise",
         "fedpriv/experiment/build.py",
@@ -1609,7 +1615,7 @@ MUTANTS = [
     Mutant(
         "streams: further bits come from the words to come",
         STREAMS,
-        "int(np.random.Philox(child).random_raw(number)[-1])",
+        "int(np.random.Philox(self._sequence(key)).random_raw(number)[-1])",
         "int(self.rng.bit_generator.random_raw(1)[0])",
         STREAMED,
     ),
@@ -1756,8 +1762,8 @@ MUTANTS = [
     Mutant(
         "an audit is blind to half the noise",
         NOISE,
-        "rounded_noise(exact, stddev, streams",
-        "rounded_noise(exact, 0.5 * stddev, streams",
+        "noised(exact, stddev, streams.source(purpose, *address), grid)",
+        "noised(exact, 0.5 * stddev, streams.source(purpose, *address), grid)",
         AUDITED,
     ),
     Mutant(
@@ -1777,8 +1783,8 @@ MUTANTS = [
     Mutant(
         "an audit is blind to noise on half the coordinates",
         NOISE,
-        "np.clip(levels, -level, level).astype(np.float64) * grid",
-        "np.where(np.arange(len(exact)) % 2, levels * grid, exact)",
+        "noised(exact, stddev, streams.source(purpose, *address), grid)",
+        "np.where(np.arange(len(exact)) % 2, noised(exact, stddev, streams.source(purpose, *address), grid), exact)",
         AUDITED,
     ),
     Mutant(

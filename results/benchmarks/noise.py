@@ -26,7 +26,7 @@ from fedpriv.streams import Purpose, SeededStreams, Streams, SystemStreams
 
 FOLDER, PAIRS, STDDEV = Path(__file__).parent, 5, 0.001
 SIZES = (650, 4_810, 61_794, 973_674)
-ROUNDS = {"softmax-local": 20, "mlp-local": 10, "cnn62k-local": 1}
+ROUNDS = {"mlp-local": 10, "cnn62k-local": 1}
 Row = tuple[str, str, float, float, float]
 
 
