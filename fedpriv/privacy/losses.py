@@ -508,11 +508,12 @@ class _Tilted(NamedTuple):
         """
         first, interval = self.grid
         values = (first + np.arange(start, len(self.sums))) * interval
-        away = np.clip(values - self.center, -_MAX_EXPONENT, _MAX_EXPONENT)
-        factors, weights = np.exp(away), np.maximum(self.sums[start:], 0.0)
+        factors = np.exp(np.minimum(values - self.center, _MAX_EXPONENT))
+        weights = np.maximum(self.sums[start:], 0.0)
         weights += self.blur
         weights *= np.exp(np.minimum(-self.lifted[1] * (values - self.center), _MAX_EXPONENT))
-        return values, factors, _from_each_on(weights), _from_each_on(weights / factors)
+        other = weights / np.maximum(factors, math.exp(-_MAX_EXPONENT))
+        return values, factors, _from_each_on(weights), _from_each_on(other)
 
 
 def _from_each_on(masses: np.ndarray) -> np.ndarray:
