@@ -38,6 +38,13 @@ def seconds(work: Callable[[], object], times: int) -> float:
     return (time.process_time() - began) / times
 
 
+def use_c(native: str) -> None:
+    """Use compiled code from now on ("1"), or numpy alone ("0")."""
+    os.environ["FEDPRIV_NATIVE"] = native
+    gaussian._rounding.cache_clear()
+    philox.philox_in_c.cache_clear()
+
+
 def of_numbers() -> Iterator[Row]:
     """Return nanoseconds a number of a client's message, with C and in numpy."""
     kinds: dict[str, Streams] = {"seeded": SeededStreams(0), "system": SystemStreams()}
@@ -47,9 +54,7 @@ def of_numbers() -> Iterator[Row]:
             found: dict[str, list[float]] = {"1": [], "0": []}
             for _ in range(PAIRS):
                 for native, values in found.items():
-                    os.environ["FEDPRIV_NATIVE"] = native
-                    gaussian._rounding.cache_clear()
-                    philox.philox_in_c.cache_clear()
+                    use_c(native)
 
                     def draw(streams: Streams = streams, message: np.ndarray = message) -> object:
                         sources = [streams.source(Purpose.CLIENT_NOISE, 1, 1)]
@@ -57,7 +62,7 @@ def of_numbers() -> Iterator[Row]:
 
                     draw()
                     values.append(1e9 * seconds(draw, times) / size)
-            os.environ["FEDPRIV_NATIVE"] = "1"
+            use_c("1")
             for native, name in (("1", "C"), ("0", "numpy")):
                 yield row(f"ns a number, {kind}, {name}", f"{size:,}", found[native])
 
