@@ -178,6 +178,8 @@ class Task:
             weights: `[clients, examples]`; zero for padding.
         """
         if self.dense is not None:
+            if inputs.numel() <= MAX_PIECE_FLOATS:
+                return self.dense.gradients(models, inputs, labels, weights)
             pieces = _pieces(_width(inputs, 2) * len(inputs), inputs, labels, weights, dim=1)
             return reduce(torch.add, (self.dense.gradients(models, x, y, w) for x, y, w in pieces))
         by_client = 0 if models.dim() == 2 else None
@@ -308,7 +310,7 @@ def _widest_output(module: nn.Module, forward: Callable[[], Tensor]) -> int:
     """Return the number of elements of the largest output of a layer."""
     found = [0]
 
-    def count(layer: nn.Module, given: object, output: object) -> None:
+    def count(_: nn.Module, __: object, output: object) -> None:
         if isinstance(output, Tensor):
             found.append(output.numel())
 
