@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.data.federation import Federation, Holders
+from fedpriv.data.mapped import rows_at
 from fedpriv.engines.base import Population, keep_freed_memory, one_thread
 from fedpriv.engines.in_place import ClientStep
 from fedpriv.engines.states import StateStore
@@ -236,8 +237,7 @@ class VectorizedEngine:
             index[used] = chosen
             weights = np.where(used, 1.0 / np.maximum(lengths, 1)[:, None], 0.0).astype(np.float32)
         at = torch.from_numpy(index).to(population.task.device)
-        inputs = population.inputs
-        found = inputs.index_select(0, at.flatten()).view(*at.shape, *inputs.shape[1:])
+        found = rows_at(population.inputs, at)
         if not lengths.all():
             found[torch.from_numpy(lengths == 0)] = 0.0
         return found, population.labels[at], torch.from_numpy(weights).to(at.device)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedpriv.bounding import Clip, row_norms
 from fedpriv.checks import positive_int, require_representable
+from fedpriv.data.mapped import rows_at
 from fedpriv.errors import UserError
 from fedpriv.mechanisms.noise import StepNoise
 from fedpriv.plugins import Registry
@@ -616,7 +617,7 @@ def _select(inputs: Tensor, labels: Tensor, batch: np.ndarray | None) -> tuple[T
     if batch is None:
         return inputs, labels
     at = torch.from_numpy(batch).to(inputs.device)
-    return inputs.index_select(0, at), labels.index_select(0, at)
+    return rows_at(inputs, at), labels[at]
 
 
 def _draw(examples: int, size: int | None, rng: np.random.Generator) -> np.ndarray | None:

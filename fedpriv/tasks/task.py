@@ -301,8 +301,8 @@ class Task:
         """Return the floats of one example that `_pieces` should count in an evaluation; call it without gradients."""
         width, shape = _width(inputs, 1), tuple(inputs.shape[1:])
         if shape not in self._widths:
-            few = inputs[:2].to(self.device)
-            self._widths[shape] = _widest_output(self._module, partial(self._forward, few)) // max(len(few), 1)
+            few = torch.zeros((2, *shape), dtype=inputs.dtype, device=self.device)
+            self._widths[shape] = _widest_output(self._module, partial(self._forward, few)) // len(few)
         return max(width, math.ceil(self._widths[shape] * (MAX_PIECE_FLOATS / _MAX_OUTPUT_FLOATS)))
 
 

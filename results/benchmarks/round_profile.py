@@ -1,4 +1,4 @@
-"""Where the time of a round goes, against the processor's limits; writes `profile.md`.
+"""The parts of a round's time, against the processor's limits; writes `profile.md`.
 
     python results/benchmarks/round_profile.py [--only WORKLOAD] [--rounds 5]
 
@@ -150,7 +150,7 @@ def main() -> None:
         (HERE / "profile.md").write_text(PAGE.format(limits=measured, table=text), encoding="utf-8")
 
 
-PAGE = """# Where the time of a round goes
+PAGE = """# The parts of a round's time
 
 Made by `python results/benchmarks/round_profile.py`: milliseconds of processor time in one thread, medians of rounds of
 `fedpriv` with engine `vectorized`. Limits in the same run: {limits}.
