@@ -50,7 +50,7 @@ class Workload:
         passes: Passes over a client's data in local steps; 0 for one gradient.
         batch: Examples of each local step; None for all.
         client_lr: Length of a local step.
-        shuffled: True if every pass has an order of its own.
+        shuffled: True to draw an order for every pass.
         local: True if each client adds the noise to its message, instead of the server to the sum.
         clients: Size of the population.
         cohort: Clients in a round.
