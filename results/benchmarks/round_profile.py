@@ -147,12 +147,14 @@ def main() -> None:
             ("workload", "round", *parts, "operations at the limit", "gradients over it", "bytes at it"), lines
         )
         measured = f"{flops / 1e9:.0f} GFLOP/s, `a += b` {bandwidth / 1e9:.1f} GB/s"
-        (HERE / "profile.md").write_text(PAGE.format(limits=measured, table=text), encoding="utf-8")
+        (HERE / "profile.md").write_text(
+            PAGE.format(limits=measured, table=text, rounds=found.rounds), encoding="utf-8"
+        )
 
 
 PAGE = """# The parts of a round's time
 
-Made by `python results/benchmarks/round_profile.py`: milliseconds of processor time in one thread, medians of rounds of
+Made by `python results/benchmarks/round_profile.py --rounds {rounds}`: milliseconds of processor time in one thread, medians of rounds of
 `fedpriv` with engine `vectorized`. Limits in the same run: {limits}.
 
 {table}
