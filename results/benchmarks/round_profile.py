@@ -154,8 +154,8 @@ def main() -> None:
 
 PAGE = """# The parts of a round's time
 
-Made by `python results/benchmarks/round_profile.py --rounds {rounds}`: milliseconds of processor time in one thread, medians of rounds of
-`fedpriv` with engine `vectorized`. Limits in the same run: {limits}.
+Made by `python results/benchmarks/round_profile.py --rounds {rounds}`: milliseconds of processor time in one
+thread, medians of rounds of `fedpriv` with engine `vectorized`. Limits in the same run: {limits}.
 
 {table}
 `operations at the limit` is the time of the gradients' floating-point operations at the rate of a large matrix product,
