@@ -864,8 +864,8 @@ MUTANTS = [
     Mutant(
         "padding leaks into the gradient",
         "fedpriv/engines/vectorized.py",
-        "weights[i, : len(r)] = 1.0 / max(len(r), 1)",
-        "weights[i] = 1.0 / longest",
+        "weights = np.where(used, 1.0 / np.maximum(lengths, 1)[:, None], 0.0).astype(np.float32)",
+        "weights = np.full(used.shape, 1.0 / longest, dtype=np.float32)",
         ENGINES,
     ),
     Mutant(
@@ -902,15 +902,15 @@ MUTANTS = [
     Mutant(
         "local passes leave out the last batch",
         "fedpriv/tasks/local_work.py",
-        "for start in range(0, examples, size)]",
-        "for start in range(0, examples - size + 1, size)]",
+        "for batch in (*pass_, np.sort(order[even:]))]",
+        "for batch in pass_]",
         LOCAL,
     ),
     Mutant(
         "local passes of all clients counted as the longest's",
         "fedpriv/engines/vectorized.py",
-        "return local.signal(model.new_tensor(steps).unsqueeze(1))",
-        "return local.signal(max(steps))",
+        "return local.signal(model.new_tensor([len(plan) for plan in plans]).unsqueeze(1))",
+        "return local.signal(max(len(plan) for plan in plans))",
         "tests/engines/test_engines_equal.py",
     ),
     Mutant(
@@ -2812,8 +2812,8 @@ MUTANTS = [
     Mutant(
         "scaffold: the correction enters the signal",
         "fedpriv/tasks/local_work.py",
-        "self._sum = gradient if self._sum is None else self._sum + gradient",
-        "self._sum = direction if self._sum is None else self._sum + direction",
+        "self._sum = gradient.clone() if self._sum is None else self._sum.add_(gradient)",
+        "self._sum = direction.clone() if self._sum is None else self._sum.add_(direction)",
         "tests/methods/test_methods_theory.py",
     ),
     Mutant(
