@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import cast
 
+from fedpriv.analytics.heavy.tree import HeavyHitters
 from fedpriv.analytics.queries import KINDS, Categories, Column, Count, Moments, Query, missing_place, read_query
 from fedpriv.analytics.statistics import Statistics
 from fedpriv.checks import folder_name, positive_int
@@ -107,9 +108,14 @@ def _read_queries(tables: Table) -> list[Query]:
             raise UserError(where, "a table with a query", repr(table), remedy)
         options = dict(table)
         kind = options.pop("kind", None)
+        if kind == HeavyHitters.kind:
+            remedy = "Use fedpriv analyze or fedpriv privacy"
+            expected = "another kind here: heavy hitters are several analyses, one after the other"
+            raise UserError(f"{where}.kind", expected, repr(kind), remedy)
         if not isinstance(kind, str) or kind not in KINDS:
             got = "a missing key" if kind is None else repr(kind)
-            raise UserError(f"{where}.kind", f"one of {', '.join(KINDS)}", got, nearest(str(kind), KINDS))
+            known = (*KINDS, HeavyHitters.kind)
+            raise UserError(f"{where}.kind", f"one of {', '.join(known)}", got, nearest(str(kind), known))
         for key in _SET_BY_DATA:
             if key in options:
                 raise UserError(f"{where}.{key}", "no such key", repr(options[key]), "Remove it: the data set sets it")
