@@ -113,7 +113,7 @@ class _Sized:
             raise ValueError(f"an oracle for {self.size} values")
 
     def _checked(self, values: np.ndarray) -> np.ndarray:
-        if len(values) and not (0 <= int(values.min()) and int(values.max()) < self.size):
+        if len(values) and not (int(values.min()) >= 0 and int(values.max()) < self.size):
             raise ValueError(f"values from {values.min()} to {values.max()} of {self.size}")
         return values
 

@@ -11,7 +11,18 @@ import numpy as np
 
 from fedpriv.data.text.words import LETTERS, WORD_LENGTH
 
-__all__ = ["ALPHABET", "END", "MAX_LENGTH", "SYMBOLS", "children", "encoded", "is_whole", "of_length", "read", "written"]
+__all__ = [
+    "ALPHABET",
+    "END",
+    "MAX_LENGTH",
+    "SYMBOLS",
+    "children",
+    "encoded",
+    "is_whole",
+    "of_length",
+    "read",
+    "written",
+]
 
 END = "$"
 ALPHABET = LETTERS

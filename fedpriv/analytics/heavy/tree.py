@@ -48,7 +48,7 @@ class HeavyHitters:
         steps: Number of letters that each level adds; empty for two, then one at each further level.
         extension: `adaptive` extends the prefixes with estimates above twice the noise, at least `top` and at most
             `width`; `fixed` extends twice `top` prefixes, however large the noise is.
-        width: Largest number of prefixes to extend; None for eight times `top`.
+        width: Largest number of prefixes to extend; None for four times `top`.
         oracle: With local trust, the randomized reports: `k-rr`, `oue` or `olh`.
         parties: With local trust, the number of parties: equal blocks of clients in the order of their numbers.
         shared: With local trust, the number of first levels at which all parties extend the same prefixes.
@@ -101,7 +101,7 @@ class HeavyHitters:
     @property
     def widest(self) -> int:
         """The largest number of prefixes to extend."""
-        return 8 * self.top if self.width is None else self.width
+        return 4 * self.top if self.width is None else self.width
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -170,8 +170,7 @@ class Tally:
     def all(self) -> list[Found]:
         """Return the items, from the most frequent to the least."""
         found = [
-            Found(item, weighted / weights, math.sqrt(1.0 / weights))
-            for item, (weights, weighted) in self.sums.items()
+            Found(item, weighted / weights, math.sqrt(1.0 / weights)) for item, (weights, weighted) in self.sums.items()
         ]
         return sorted(found, key=lambda one: (-one.share, one.item))
 

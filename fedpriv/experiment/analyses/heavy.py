@@ -8,6 +8,7 @@ of a single round times the root of the number of levels.
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -15,8 +16,10 @@ import numpy as np
 import tomli_w
 
 from fedpriv.analytics.heavy.local import NO_ITEM, ask_users
+from fedpriv.analytics.heavy.oracles import MAX_EPSILON
 from fedpriv.analytics.heavy.prefixes import encoded, written
 from fedpriv.analytics.heavy.tree import Estimates, HeavyHitters, Tally, answer_of
+from fedpriv.checks import is_real
 from fedpriv.data.federation import Holders
 from fedpriv.data.text.words import Words
 from fedpriv.errors import UserError
@@ -26,7 +29,7 @@ from fedpriv.experiment.build import make_federation, plan_of, sampling_of
 from fedpriv.experiment.config import Config, digest_of_tables, load_config
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.experiment.schema import field_names, read_table, refuse_unknown, write_table
-from fedpriv.privacy import PrivacyPlan, Simulated, privacy_statement, quoted, with_analyses
+from fedpriv.privacy import PrivacyPlan, Simulated, privacy_statement
 from fedpriv.privacy.reports import LocalReports, reports_statement
 from fedpriv.streams import Purpose, SeededStreams
 from fedpriv.tables import Record, Table
@@ -128,50 +131,40 @@ class HeavyAnalysis:
         if self.local:
             reports = self._reports(sampling_of(self._first, data_root).population)
             return reports.as_dict(), reports_statement(reports, self.asked.about)
-        last, plan, before = self._last_plan(data_root)
-        return self._together(last, plan, before)
+        return self._together(self._plan(data_root))
 
     def _reports(self, clients: int) -> LocalReports:
-        epsilon = cast(float, self._privacy.get("epsilon"))
-        return LocalReports(epsilon=float(epsilon), clients=clients, oracle=self.asked.oracle)
+        epsilon = self._privacy.get("epsilon")
+        if not is_real(epsilon, 1e-6, MAX_EPSILON):
+            expected = f"from 1e-6 to {MAX_EPSILON:g} for randomized reports"
+            raise UserError("privacy.epsilon", expected, epsilon, "Change it")
+        return LocalReports(epsilon=float(cast(float, epsilon)), clients=clients, oracle=self.asked.oracle)
 
-    def _last_plan(self, data_root: Path | None) -> tuple[Config, PrivacyPlan | None, float]:
-        """Return the config and the plan of the last level, and mu of the levels before it."""
-        levels, multiplier = len(self.asked.steps), self.multiplier(data_root)
-        before = math.sqrt(levels - 1) / multiplier if multiplier else 0.0
-        config = self._with_noise([], multiplier, levels - 1, before)
-        return config, plan_of(config, sampling_of(config, data_root), data_root), before
+    def _plan(self, data_root: Path | None) -> PrivacyPlan | None:
+        """Return the plan of all levels: as many rounds, each with the noise of one round times their root.
 
-    def multiplier(self, data_root: Path | None) -> float | None:
-        """Return the noise multiplier of each level; None without `[privacy]`.
-
-        It is that of a single round times the root of the number of levels, so that mu over all levels is the same.
+        So mu of all levels is that of a single round; None without `[privacy]`.
         """
-        plan = plan_of(self._first, sampling_of(self._first, data_root), data_root)
-        return None if plan is None else plan.noise_multiplier * math.sqrt(len(self.asked.steps))
-
-    def _with_noise(self, prefixes: list[str], multiplier: float | None, level: int, before: float) -> Config:
-        names = [f"level {number + 1} of {self.name}" for number in range(level)]
-        prefixes = prefixes or [written(int(prefix), self.asked.lengths[0]) for prefix in self.asked.candidates(0)]
-        if multiplier is None:
-            return self._level(prefixes)
-        spent = {"analyses": names, "analyses_mu": before} if level and before > 0.0 else {}
-        return self._level(prefixes, epsilon=None, noise_multiplier=multiplier, **spent)
-
-    def _together(self, last: Config, plan: PrivacyPlan | None, before: float) -> tuple[Record, str]:
-        """Return the promise of all levels for JSON, and the statement of the last one with that promise."""
-        names = None if last.privacy is None else last.privacy.analyses
-        composed, paragraph = with_analyses(plan, names, before or None)
-        statement = privacy_statement(
-            plan, method="heavy hitters", randomness="seeded", simulated=Simulated(), data=last.facts
-        )
+        plan, levels = plan_of(self._first, sampling_of(self._first, data_root), data_root), len(self.asked.steps)
         if plan is None:
-            return {"private": False, "epsilon": None, "delta": None}, statement
-        whole: Record = composed.get("with_analyses", {"epsilon": plan.epsilon, "delta": plan.delta})
-        facts = {"trust": plan.trust, "unit": plan.unit, "adjacency": plan.adjacency, "adversary": plan.adversary}
-        levels = {"levels": len(self.asked.steps), "noise_multiplier_of_a_level": plan.noise_multiplier}
-        kept = {key: whole.get(key) for key in ("epsilon", "delta", "composition")}
-        return {"private": plan.private, **facts, **kept, **levels}, quoted(statement, paragraph)
+            return None
+        return replace(plan, rounds=levels, noise_multiplier=plan.noise_multiplier * math.sqrt(levels))
+
+    def _with_noise(self, prefixes: list[str], plan: PrivacyPlan | None, level: int, before: float) -> Config:
+        """Return the config of a level, which records mu of the levels before it."""
+        if plan is None:
+            return self._level(prefixes)
+        names = [f"level {number + 1} of {self.name}" for number in range(level)]
+        spent = {"analyses": names, "analyses_mu": before} if level and before > 0.0 else {}
+        return self._level(prefixes, epsilon=None, noise_multiplier=plan.noise_multiplier, **spent)
+
+    def _together(self, plan: PrivacyPlan | None) -> tuple[Record, str]:
+        facts = replace(self._first.facts, asked=(self.asked.about,))
+        statement = privacy_statement(
+            plan, method="an analysis", randomness="seeded", simulated=Simulated(), data=facts
+        )
+        absent: Record = {"private": False, "epsilon": None, "delta": None}
+        return absent if plan is None else plan.as_dict(thorough=True), statement
 
     def run(self, out: Path, run_level: RunLevel, *, data_root: Path | None = None, resume: bool = False) -> Record:
         """Ask all levels, write the answers, and return them.
@@ -215,14 +208,11 @@ class HeavyAnalysis:
         return {**kept, "analysis": analysis, "privacy": promise, "training": {"rounds": 1}}
 
     def _run_levels(self, out: Path, run_level: RunLevel, data_root: Path | None, resume: bool) -> Record:
-        tally, kept, extended = Tally(self.asked), None, list[int]()
-        multiplier, spent, last = self.multiplier(data_root), 0.0, dict[str, object]()
-        config = self._first
-        for level in range(len(self.asked.steps)):
+        plan, tally = self._plan(data_root), Tally(self.asked)
+        kept, spent, last, extended = None, 0.0, dict[str, object](), list[int]()
+        for level, letters in enumerate(self.asked.lengths):
             candidates = self.asked.candidates(level, kept)
-            letters = self.asked.lengths[level]
-            prefixes = [written(int(prefix), letters) for prefix in candidates]
-            config = self._with_noise(prefixes, multiplier, level, spent)
+            config = self._with_noise([written(prefix, letters) for prefix in candidates.tolist()], plan, level, spent)
             found = run_level(config, levels_folder(out, level))
             if found is None:
                 expected = "a run whose answers come back to this machine: each level asks about the last one's answers"
@@ -234,17 +224,15 @@ class HeavyAnalysis:
             kept = self.asked.extended(estimates)
             extended.append(len(kept))
             spent = cast(float, found["mu"] or 0.0)
-        plan = plan_of(config, sampling_of(config, data_root), data_root)
-        before = 0.0 if config.privacy is None else config.privacy.analyses_mu or 0.0
-        promise, statement = self._together(config, plan, before)
-        directory = RunDirectory(out)
+        promise, statement = self._together(plan)
         cost = {"share": 1.0, "epsilon_alone": promise["epsilon"], "extended": extended}
         top = answer_of(self.asked, tally.all()[: self.asked.top])
         answers = self._answers({**last, **promise}, cast(int, last["clients"]), top, cost)
-        answers["mu"], answers["digest"] = spent or None, digest_of_tables(config.tables)
-        directory.write_json("privacy.json", promise)
+        answers["mu"] = spent or None
+        directory = RunDirectory(out)
+        for name, content in (("privacy.json", promise), (ANALYSIS_FILE, answers)):
+            directory.write_json(name, content)
         directory.write_text("privacy.txt", statement)
-        directory.write_json(ANALYSIS_FILE, answers)
         return answers
 
     def _answers(self, promise: Table, clients: int, answer: Table, cost: Table) -> Record:
