@@ -33,6 +33,7 @@ from fedpriv.errors import UserError, nearest, plural
 
 __all__ = [
     "KINDS",
+    "LABEL",
     "Categories",
     "Column",
     "Count",
@@ -48,6 +49,9 @@ __all__ = [
     "read_query",
     "vector_scales",
 ]
+
+LABEL = "label"
+"""The name of a label that is a number, in place of a column."""
 
 MAX_BINS = 100_000
 MAX_LEVELS = 16
@@ -119,6 +123,11 @@ class Query(Protocol):
         """The question in words, for the privacy statement."""
         ...
 
+    @property
+    def of_label(self) -> bool:
+        """True if the question is about a label that is a number; `entries` then takes labels as inputs."""
+        ...
+
     def size(self, labels: int) -> int:
         """Return the length of phi, from the number of labels."""
         ...
@@ -143,11 +152,13 @@ class _Asked:
     Args:
         name: See `Query`.
         share: See `Query`; None for an equal part of what the other queries leave.
+        of_label: Set by the analysis; see `Query`.
     """
 
     kind: ClassVar[str]
     name: str = ""
     share: float | None = None
+    of_label: bool = False
 
     def __post_init__(self) -> None:
         if self.share is not None and not 0.0 < self.share <= 1.0:
@@ -288,6 +299,8 @@ class _OfColumn(_Asked):
 
     def resolved(self, columns: Mapping[str, Column], categories: Mapping[str, tuple[int, int]]) -> "_OfColumn":
         """Return the query with the column's place and constants; see `Moments.resolved`."""
+        if self.of_label or (self.column == LABEL and LABEL not in columns):
+            return replace(self, column=0, of_label=True)
         place, shift, scale = _column_of(self, "column", self.column, columns)
         return replace(self, column=place, shift=shift, scale=scale)
 
@@ -460,6 +473,8 @@ class Moments(_Asked):
             UserError: If the data set has no such column, or a column is named twice.
         """
         asked = self.columns or tuple(columns)
+        if self.of_label or (asked == (LABEL,) and LABEL not in columns):
+            return replace(self, columns=(0,), shifts=(0.0,), scales=(1.0,), names=(LABEL,), of_label=True)
         if not asked:
             remedy = "Give places such as [0, 1]: this data set does not declare names of columns"
             raise UserError(self.key("columns"), "columns", "an absent key", remedy)

@@ -99,7 +99,9 @@ def test_estimates_have_exactly_the_stated_mean_and_variance(kind: str, size: in
     values = (0, 0, 1)
     mean = variance = 0.0
     for value in values:  # reports are independent, and estimates are means over users
-        outcomes = [(oracle.supports(_read(oracle, report))[0], float(share)) for report, share in law(oracle, value).items()]
+        outcomes = [
+            (oracle.supports(_read(oracle, report))[0], float(share)) for report, share in law(oracle, value).items()
+        ]
         single = [(float(oracle.support.shares(np.array([hit]), 1)[0]), share) for hit, share in outcomes]
         first = math.fsum(share * estimate for estimate, share in single)
         mean += first / len(values)
@@ -130,7 +132,9 @@ def test_the_closed_form_of_the_variance_is_that_of_simulated_reports(kind: str)
 
 def test_probabilities_are_those_of_the_papers_formulas() -> None:
     e = math.exp(2.0)
-    assert list(map(float, KRandomizedResponse(epsilon=2.0, size=5).support)) == pytest.approx([e / (e + 4), 1 / (e + 4)])
+    assert list(map(float, KRandomizedResponse(epsilon=2.0, size=5).support)) == pytest.approx(
+        [e / (e + 4), 1 / (e + 4)]
+    )
     assert list(map(float, OUE(epsilon=2.0, size=5).support)) == pytest.approx([0.5, 1 / (e + 1)])
     assert OLH(epsilon=2.0, size=5).hashes == 8
     assert list(map(float, OLH(epsilon=2.0, size=5).support)) == pytest.approx([e / (e + 7), 1 / 8])

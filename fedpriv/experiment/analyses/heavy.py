@@ -164,7 +164,7 @@ class HeavyAnalysis:
             plan, method="an analysis", randomness="seeded", simulated=Simulated(), data=facts
         )
         absent: Record = {"private": False, "epsilon": None, "delta": None}
-        return absent if plan is None else plan.as_dict(thorough=True), statement
+        return absent if plan is None else plan.as_dict(), statement
 
     def run(self, out: Path, run_level: RunLevel, *, data_root: Path | None = None, resume: bool = False) -> Record:
         """Ask all levels, write the answers, and return them.
