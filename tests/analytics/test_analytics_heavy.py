@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -113,7 +113,7 @@ def test_every_user_reports_exactly_once() -> None:
 class Recorder(OUE):
     """An oracle that records what it is asked."""
 
-    seen: "list[tuple[int, np.ndarray, np.ndarray]]" = []
+    seen: ClassVar[list[Any]] = []
 
     def reports(self, values: np.ndarray, source: Any) -> np.ndarray:
         found = super().reports(values, source)
