@@ -1,15 +1,15 @@
 """The promise of randomized reports: every client sends one, which alone has epsilon-local differential privacy."""
 
 import textwrap
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 from fedpriv.errors import UserError
 from fedpriv.privacy.aggregation import Aggregation
 from fedpriv.privacy.sampling import Everyone, Sampling
 from fedpriv.privacy.trust import Trust, TrustName, trust_of
 from fedpriv.privacy.unit import Adjacency, UnitName
+from fedpriv.tables import Table
 
 __all__ = ["MECHANISM", "LocalReports", "reports_statement"]
 
@@ -89,7 +89,7 @@ class LocalReports:
         """Return None: a report is no Gaussian mechanism, and composes with others by adding epsilons."""
         return None if rounds > 0 else 0.0
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the promise for `privacy.json`."""
         promise = {
             "unit": self.unit,
@@ -115,10 +115,11 @@ class LocalReports:
         }
 
     @classmethod
-    def read(cls, table: Mapping[str, Any], where: str) -> "LocalReports":
+    def read(cls, table: Table, where: str) -> "LocalReports":
         """Return the promise with the record `table`; raise UserError if it is none."""
         try:
-            return cls(epsilon=float(table["epsilon"]), clients=int(table["clients"]), oracle=str(table["oracle"]))
+            epsilon, clients = float(cast(float, table["epsilon"])), int(cast(int, table["clients"]))
+            return cls(epsilon=epsilon, clients=clients, oracle=str(table["oracle"]))
         except (KeyError, TypeError, ValueError) as error:
             remedy = "Restore the file, or move the run to another folder"
             raise UserError(where, "the record of randomized reports", repr(error), remedy) from None
@@ -145,8 +146,8 @@ def reports_statement(promise: LocalReports, question: str) -> str:
         f"Mechanism: each of {promise.clients:,} clients draws one of its words, each equally likely, and sends one "
         f"randomized report ({promise.oracle}) about its first letters. A public draw, independent of all data, "
         "decides about which level of the tree. Over any two data sets of a client, the probabilities of its report "
-        "differ by a factor of at most e^epsilon. Coins have exact probabilities, rounded so that epsilon is never exceeded. "
-        "The candidates that a client is asked about depend on the reports of others alone.",
+        "differ by a factor of at most e^epsilon. Coins have exact probabilities, rounded so "
+        "that epsilon is never exceeded. The candidates that a client is asked about depend on the reports of others alone.",
         f"Analysis: {question}. The epsilon above covers the answer and everything computed from it.",
         "Composition: another analysis or training of the same clients adds its epsilon and its delta.",
         "Not covered:\n"

@@ -56,6 +56,11 @@ class Run:
     note: str = ""
 
     @property
+    def training_plan(self) -> PrivacyPlan | None:
+        """The privacy plan of a training; None without one, and for randomized reports."""
+        return None if isinstance(self.plan, LocalReports) else self.plan
+
+    @property
     def parts(self) -> "tuple[Run, ...]":
         """The runs that it represents."""
         return (self,)

@@ -66,10 +66,12 @@ def analyze(
     tables = read_tables(config, settings or ())
     if asks_heavy_hitters(tables):
         heavy = HeavyAnalysis(tables)
-        if heavy.local and (deploy is not None or name not in ("auto", "loop")):
-            got = "--deploy" if deploy is not None else f"--engine {name}"
-            remedy = "Drop the option, or set privacy.trust to central or aggregator"
-            raise UserError(got, "a simulation in this process for randomized reports of heavy hitters", got, remedy)
+        if deploy is not None:
+            expected = "a simulation: devices add up the levels of heavy hitters as separate runs, beyond the promise"
+            raise UserError("--deploy", expected, deploy, "Drop --deploy")
+        if heavy.local and name not in ("auto", "loop"):
+            expected, remedy = "auto or loop for randomized reports of heavy hitters", "Drop the option"
+            raise UserError("--engine", expected, name, remedy)
         directory = out or Path("runs") / heavy.name
         found = heavy.run(directory, ask, data_root=data_root, resume=resume)
     else:

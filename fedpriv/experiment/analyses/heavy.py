@@ -126,7 +126,7 @@ class HeavyAnalysis:
                 expected = f'"{only}" with randomized reports, which hide all data of a client but not its presence'
                 raise UserError(f"privacy.{key}", expected, repr(self._privacy[key]), f"Set it to {only}")
 
-    def promise(self, data_root: Path | None = None) -> tuple[Record, str]:
+    def promise(self, data_root: Path | None = None) -> tuple[dict[str, object], str]:
         """Return the promise of all levels together for JSON, and the statement."""
         if self.local:
             reports = self._reports(sampling_of(self._first, data_root).population)
@@ -158,15 +158,17 @@ class HeavyAnalysis:
         spent = {"analyses": names, "analyses_mu": before} if level and before > 0.0 else {}
         return self._level(prefixes, epsilon=None, noise_multiplier=plan.noise_multiplier, **spent)
 
-    def _together(self, plan: PrivacyPlan | None) -> tuple[Record, str]:
+    def _together(self, plan: PrivacyPlan | None) -> tuple[dict[str, object], str]:
         facts = replace(self._first.facts, asked=(self.asked.about,))
         statement = privacy_statement(
             plan, method="an analysis", randomness="seeded", simulated=Simulated(), data=facts
         )
-        absent: Record = {"private": False, "epsilon": None, "delta": None}
+        absent: dict[str, object] = {"private": False, "epsilon": None, "delta": None}
         return absent if plan is None else plan.as_dict(), statement
 
-    def run(self, out: Path, run_level: RunLevel, *, data_root: Path | None = None, resume: bool = False) -> Record:
+    def run(
+        self, out: Path, run_level: RunLevel, *, data_root: Path | None = None, resume: bool = False
+    ) -> dict[str, object]:
         """Ask all levels, write the answers, and return them.
 
         Args:
@@ -177,7 +179,7 @@ class HeavyAnalysis:
         """
         return (self._run_reports if self.local else self._run_levels)(out, run_level, data_root, resume)
 
-    def _run_reports(self, out: Path, run_level: RunLevel, data_root: Path | None, resume: bool) -> Record:
+    def _run_reports(self, out: Path, run_level: RunLevel, data_root: Path | None, resume: bool) -> dict[str, object]:
         directory = RunDirectory(out)
         tables = self._local_tables()
         digest = digest_of_tables(tables)
@@ -207,7 +209,7 @@ class HeavyAnalysis:
         promise = {"trust": "local", "epsilon": self._privacy["epsilon"], "adjacency": "replace", "unit": "client"}
         return {**kept, "analysis": analysis, "privacy": promise, "training": {"rounds": 1}}
 
-    def _run_levels(self, out: Path, run_level: RunLevel, data_root: Path | None, resume: bool) -> Record:
+    def _run_levels(self, out: Path, run_level: RunLevel, data_root: Path | None, resume: bool) -> dict[str, object]:
         plan, tally = self._plan(data_root), Tally(self.asked)
         kept, spent, last, extended = None, 0.0, dict[str, object](), list[int]()
         for level, letters in enumerate(self.asked.lengths):
@@ -215,7 +217,7 @@ class HeavyAnalysis:
             config = self._with_noise([written(prefix, letters) for prefix in candidates.tolist()], plan, level, spent)
             found = run_level(config, levels_folder(out, level))
             if found is None:
-                expected = "a run whose answers come back to this machine: each level asks about the last one's answers"
+                expected = "answers on this machine, as each level asks about those of the last one"
                 raise UserError(self.asked.key("kind"), expected, "a server elsewhere", "Run it in simulation")
             last, answer = found, cast(Mapping[str, object], found["answers"][self.asked.name])
             shares = np.array(cast(list[float], answer["value"]))
@@ -235,7 +237,7 @@ class HeavyAnalysis:
         directory.write_text("privacy.txt", statement)
         return answers
 
-    def _answers(self, promise: Table, clients: int, answer: Table, cost: Table) -> Record:
+    def _answers(self, promise: Table, clients: int, answer: Table, cost: Table) -> dict[str, object]:
         """Return the content of `analysis.json`; see `answers_of` of other analyses."""
         keys = ("private", "epsilon", "delta", "adversary", "unit", "trust", "adjacency", "colluders", "helpers")
         weight = "every client counts as one" if self._records is None else "records"
