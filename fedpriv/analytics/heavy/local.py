@@ -2,11 +2,11 @@
 
 Users are dealt to levels at random and independently of their data. A user of level l reports which of the level's
 candidates its item begins with, or "another one", by a frequency oracle. The candidates depend on reports of other
-users alone. So every user spends epsilon once, with delta = 0, whatever others send.
+users alone. So every user spends epsilon once, with delta = 0, for any reports of others.
 
 After the abstract of arXiv 2412.14832 and the short summary of its contents that search engines quote; its text could
 not be read. From there: one level of a prefix tree for each user, a shallow tree shared by all parties, an extension
-that adapts, and pruning by what earlier parties found, in a fixed order of the parties. Ours: the rules themselves.
+that adapts, and pruning by results of earlier parties, in a fixed order of the parties. Ours: the rules themselves.
 
 * Shared levels: the reports of all parties are pooled, and all parties extend the same prefixes.
 * Extension: prefixes with estimates above twice the noise (`HeavyHitters.extended`).
@@ -53,7 +53,7 @@ class Answer:
 
 @dataclass
 class _Prior:
-    """What the parties before found at one level: for each prefix, the number of users and the sum of shares."""
+    """Results of earlier parties at one level: for each prefix, the number of users and the sum of shares."""
 
     sums: dict[int, tuple[float, float, float]] = field(default_factory=dict)
 

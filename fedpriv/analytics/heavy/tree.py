@@ -1,7 +1,7 @@
 """The question for heavy hitters, and the rules by which its tree of prefixes grows.
 
 Level by level, the shares of some candidate prefixes are estimated with noise, and only the largest are extended by
-further letters. The rules read estimates alone, so that they are post-processing of what was released before.
+further letters. The rules read estimates alone, so that they are post-processing of earlier releases.
 """
 
 import math
