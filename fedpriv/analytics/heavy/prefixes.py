@@ -30,7 +30,7 @@ ALPHABET = LETTERS
 
 SYMBOLS = len(ALPHABET) + 1
 MAX_LENGTH = WORD_LENGTH
-"""The longest prefix whose number fits an int64."""
+"""The largest length for which numbers fit an int64."""
 
 _SYMBOL_OF = {letter: number for number, letter in enumerate(END + ALPHABET)}
 

@@ -20,7 +20,7 @@ __all__ = ["Estimates", "Found", "HeavyHitters", "Tally", "answer_of"]
 
 MAX_CANDIDATES = 10**6
 NOISE_FACTOR = 2.0
-"""An adaptive extension keeps the prefixes whose estimate is above this many standard deviations of its noise."""
+"""An adaptive extension keeps the prefixes with an estimate above this many standard deviations of its noise."""
 
 
 class Estimates(NamedTuple):

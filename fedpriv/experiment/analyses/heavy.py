@@ -96,7 +96,7 @@ class HeavyAnalysis:
         """Raise UserError unless the rest of the config suits the query."""
         if not isinstance(self._first.data.dataset, Words):
             remedy = 'Set data.name = "words"'
-            raise UserError(self.asked.key("kind"), 'words, as data.name = "words" has', "other data", remedy)
+            raise UserError(self.asked.key("kind"), 'words, as data.name = "words" has', "data of another kind", remedy)
         if self._first.cohort.sampling != "everyone":
             expected = '"everyone" with heavy hitters: no sampling is credited over their levels'
             raise UserError("cohort.sampling", expected, f'"{self._first.cohort.sampling}"', "Remove [cohort]")
