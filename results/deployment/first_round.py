@@ -85,10 +85,8 @@ def first_round(tree: Path) -> None:
 
 
 def compare(old: Path, new: Path, pairs: int) -> None:
-    """Run both versions in turns, write the rows and fill the page."""
-    sys.path.insert(0, str(HERE.parent / "benchmarks"))
+    """Run both versions in turns, and write the rows."""
     import pandas as pd
-    from page import fill, table
 
     rows = []
     for pair in range(pairs):
@@ -101,12 +99,19 @@ def compare(old: Path, new: Path, pairs: int) -> None:
             facts = {"seconds": whole, "run_seconds": run, "cpu_seconds": cpu, "load": os.getloadavg()[0]}
             rows.append({"pair": pair, "version": version, **facts})
             print(rows[-1], flush=True)
-    frame = pd.DataFrame(rows)
-    frame.to_csv(HERE / "first-rounds.csv", index=False, float_format="%.4g")
+    pd.DataFrame(rows).to_csv(HERE / "first-rounds.csv", index=False, float_format="%.4g")
+
+
+def write_table() -> None:
+    """Fill the page from `first-rounds.csv`."""
+    sys.path.insert(0, str(HERE.parent / "benchmarks"))
+    import pandas as pd
+    from page import fill, table
+
     lines = []
-    for version, part in frame.groupby("version"):
+    for version, part in pd.read_csv(HERE / "first-rounds.csv").groupby("version"):
         columns = [part[name] for name in ("seconds", "run_seconds", "cpu_seconds")]
-        lines.append([version, *(f"{c.median():.1f} ({c.min():.1f} to {c.max():.1f})" for c in columns), len(part)])
+        lines.append([version, *(f"{c.median():.0f} ({c.min():.0f} to {c.max():.0f})" for c in columns), len(part)])
     head = ("version", "seconds from the start", "seconds from the run's start", "CPU seconds", "starts")
     fill("first-rounds", table(head, lines), HERE / "README.md")
 
@@ -121,7 +126,8 @@ def main() -> None:
     if found.command == "one":
         first_round(found.trees[0])
     else:
-        compare(*found.trees, found.pairs)
+        compare(found.trees[0], found.trees[1], found.pairs)
+        write_table()
 
 
 if __name__ == "__main__":
