@@ -139,7 +139,7 @@ class Task:
         """Number of floats of one example's activations that never change, which `lower` returns; 0 for none."""
         return self._module.kept_floats if isinstance(self._module, AdaptedModule) else 0
 
-    @property
+    @cached_property
     def frozen_digest(self) -> str | None:
         """A SHA-256 of the weights that are not trained; None if there are none."""
         return frozen_digest(self._module)

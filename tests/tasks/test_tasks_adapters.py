@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.build import assemble
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.execution import EngineName
+from fedpriv.experiment.watching import StopRun
 from fedpriv.tasks.adapters import ADAPTERS, AdaptedModule, FedSvd, FfaLora, Head, Lora, lora_layers, merged, svd_step
 from fedpriv.tasks.adapters.factors import lora_weight
 from fedpriv.tasks.adapters.kept import KeptActivations, KeptStore
@@ -74,8 +75,8 @@ def factors(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
     return [(b.detach().flatten(1).clone(), a.detach().flatten(1).clone()) for b, a in pairs]
 
 
-def own_config(folder: Path, *settings: str, kind: str = "lora") -> Config:
-    (folder / "net.py").write_text(NET)
+def own_config(folder: Path, *settings: str, kind: str = "lora", net: str = NET) -> Config:
+    (folder / "net.py").write_text(net)
     tables = {
         "name": "own",
         "seed": 3,
@@ -282,6 +283,26 @@ def test_a_run_with_other_frozen_weights_is_not_loaded(tmp_path: Path) -> None:
     (out / "model.json").write_text(json.dumps({**facts, "frozen_sha256": "0" * 64}))
     with pytest.raises(UserError, match="the frozen weights of the run"):
         load_module(out)
+
+
+def test_a_run_is_not_resumed_with_other_frozen_weights(tmp_path: Path) -> None:
+    def stop(released: Any, _: Any) -> None:
+        if released["round"] == 1:
+            raise StopRun
+
+    file, out = tmp_path / "body.pt", tmp_path / "out"
+    net = NET.replace("    return", f"    body[1].load_state_dict(torch.load({str(file)!r}))\n    return")
+    tables = ("adapter.targets=", "adapter.rank=", "training.rounds=2")
+    config = own_config(tmp_path, *tables, kind="head", net=f"import torch\n{net}")
+    weights = nn.Linear(64, 12).state_dict()
+    torch.save(weights, file)
+    with pytest.raises(StopRun):
+        run_experiment(config, out, engine="loop", watch=stop)
+    torch.save({name: tensor + 0.001 for name, tensor in weights.items()}, file)
+    with pytest.raises(UserError, match="the same privacy terms and data .*frozen weights"):
+        run_experiment(config, out, engine="loop", resume=True)
+    torch.save(weights, file)
+    run_experiment(config, out, engine="loop", resume=True)
 
 
 def test_stages_with_other_outputs_are_refused() -> None:
