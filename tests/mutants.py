@@ -782,8 +782,8 @@ MUTANTS = [
     Mutant(
         "adapters: B A is added to the weights twice",
         "fedpriv/tasks/adapters/factors.py",
-        "        layer.merge(safe_merge=True)\n",
-        "        layer.merge(safe_merge=True)\n        layer.merged_adapters.clear()\n        layer.merge(safe_merge=True)\n",
+        "layer.merge(safe_merge=True)\n",
+        "layer.merge(), layer.merged_adapters.clear(), layer.merge()\n",
         ADAPTED,
     ),
     Mutant(

@@ -310,7 +310,7 @@ class Recorder:
 
     @property
     def promise(self) -> str:
-        """The facts that all rounds of a run must share besides its config: data, frozen weights, noise and accountant."""
+        """The facts that all rounds of a run share besides its config: data, frozen weights, noise and accountant."""
         plan, data = self.experiment.plan, f"data {self.experiment.population.federation.fingerprint}"
         if self.ran.get("precision", "float32") != "float32":
             data += f", {self.ran['precision']}"

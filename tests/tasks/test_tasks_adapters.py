@@ -273,7 +273,6 @@ def test_a_full_store_forgets_earlier_runs_but_nothing_of_the_present_one() -> N
     assert before.of(0, inputs) is not old[0]
 
 
-
 def test_a_run_with_other_frozen_weights_is_not_loaded(tmp_path: Path) -> None:
     tables = ("adapter.targets=", "adapter.rank=", "training.rounds=1")
     out = tmp_path / "out"
@@ -299,7 +298,7 @@ def test_a_run_is_not_resumed_with_other_frozen_weights(tmp_path: Path) -> None:
     with pytest.raises(StopRun):
         run_experiment(config, out, engine="loop", watch=stop)
     torch.save({name: tensor + 0.001 for name, tensor in weights.items()}, file)
-    with pytest.raises(UserError, match="the same privacy terms and data .*frozen weights"):
+    with pytest.raises(UserError, match=r"the same privacy terms and data .*frozen weights"):
         run_experiment(config, out, engine="loop", resume=True)
     torch.save(weights, file)
     run_experiment(config, out, engine="loop", resume=True)
@@ -422,3 +421,19 @@ def test_single_examples_are_protected_with_adapters(tmp_path: Path, kind: str) 
     summary = run_experiment(config, tmp_path / "out", engine="loop")
     assert summary is not None
     assert summary["private"]
+
+
+@needs_peft
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "fed-svd"])
+def test_ray_and_flower_train_the_same_adapters_as_the_loop(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("ray")
+    pytest.importorskip("flwr")
+    config = own_config(tmp_path, "training.rounds=2", "privacy.epsilon=8.0", "privacy.delta=1e-5", kind=kind)
+    engines: tuple[EngineName, ...] = ("loop", "ray", "flower")
+    for engine in engines:
+        run_experiment(config, tmp_path / engine, engine=engine)
+    loop, *others = [load_file(tmp_path / engine / "model.safetensors") for engine in engines]
+    for other in others:
+        assert all(torch.equal(other[name], tensor) for name, tensor in loop.items())
+    assert not torch.equal(loop["inner.5.bias"], load_file(tmp_path / "loop" / "initial.safetensors")["inner.5.bias"])
