@@ -10,6 +10,7 @@ run in one process, so that frozen layers see each example once.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -26,7 +27,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student
 
 from fedpriv.data.federation import Holders
-from fedpriv.engines.loop import LoopEngine
+from fedpriv.engines.vectorized import VectorizedEngine
 from fedpriv.experiment.build import Experiment, assemble, make_federation
 from fedpriv.experiment.config import load_config
 from fedpriv.rounds import begin_round, finish_round
@@ -60,6 +61,8 @@ ORDER = (
     *(("images", "epsilon 8"), ("images", "no noise")),
     *(("text", "epsilon 2"), ("images", "epsilon 2")),
 )
+# Rows that are run after all others.
+LATE = (("ffa-lora", CLIPPING + MOMENTUM), ("ffa-lora", NORMEC + MOMENTUM))
 # The middle one of three steps, a factor of 3 apart; a tenth of it with momentum 0.9.
 STEPS = {("text", CLIPPING): 10.0, ("text", NORMEC): 1.0, ("images", CLIPPING): 10.0, ("images", NORMEC): 1.0}
 FACTORS = (1 / 3, 1.0, 3.0)
@@ -112,19 +115,31 @@ def base(study: str) -> tuple[Path, list[str]]:
     return HERE / f"{study}.toml", own if study == "text" else []
 
 
-def build(study: str, settings: tuple[str, ...], data_root: Path | None, held: dict[str, Holders]) -> Experiment:
-    """Return a study's experiment. All trials have the same clients: those of seed 1."""
-    file, own = base(study)
-    if study not in held:
-        held[study] = make_federation(load_config(file, own), data_root)
-    return assemble(load_config(file, [*own, *settings]), federation=held[study], data_root=data_root)
+class Bench:
+    """Builds experiments. All trials of a study have the same clients; those with the same adapters share a model."""
+
+    def __init__(self, data_root: Path | None) -> None:
+        self._data_root = data_root
+        self._clients: dict[str, Holders] = {}
+        self._built: dict[object, Experiment] = {}
+
+    def build(self, study: str, settings: tuple[str, ...]) -> Experiment:
+        """Return a study's experiment with these settings."""
+        file, own = base(study)
+        config = load_config(file, [*own, *settings])
+        if study not in self._clients:
+            self._clients[study] = make_federation(load_config(file, own), self._data_root)
+        key = (study, str(config.adapter), config.seed)
+        if key not in self._built:
+            self._built[key] = assemble(config, federation=self._clients[study], data_root=self._data_root)
+        return self._built[key].with_method(config)
 
 
-def run(trial: Trial, data_root: Path | None, held: dict[str, Holders]) -> dict[str, Any]:
+def run(trial: Trial, bench: Bench) -> dict[str, Any]:
     """Train, and score on validation and test examples."""
     start = time.process_time()
-    experiment = build(trial.study, trial.settings, data_root, held)
-    server, engine = experiment.server, LoopEngine(experiment.population)
+    experiment = bench.build(trial.study, trial.settings)
+    server, engine = experiment.server, VectorizedEngine(experiment.population)
     state = server.init(experiment.initial_model)
     for number in range(1, experiment.config.training.rounds + 1):
         state = finish_round(server, state, number, engine.sum_messages(begin_round(server, state, number)).sum)
@@ -146,20 +161,21 @@ def finished() -> pd.DataFrame:
 
 def run_missing(studies: list[str], data_root: Path | None, seconds: float) -> bool:
     """Run missing trials until the time is over; return True if none is left."""
-    end, held = time.monotonic() + seconds, {}
+    end, bench = time.monotonic() + seconds, Bench(data_root)
     done = set(finished()[KEYS].itertuples(index=False, name=None))
-    for study, cell in (each for each in ORDER if each[0] in studies):
+    for late, (study, cell) in itertools.product((False, True), (each for each in ORDER if each[0] in studies)):
         for seed in SEEDS:
             best = chosen(finished())
             picked = set(
                 best[[*ROW, "step"]][(best["study"] == study) & (best["cell"] == cell)].itertuples(False, None)
             )
             for trial in trials(study, cell, seed):
-                if trial.key in done or (seed != TUNED_ON and trial.key[2:5] not in picked):
+                missing = trial.key not in done and (trial.key[2:4] in LATE) == late
+                if not missing or (seed != TUNED_ON and trial.key[2:5] not in picked):
                     continue
                 if time.monotonic() > end:
                     return False
-                row = pd.DataFrame([run(trial, data_root, held)])
+                row = pd.DataFrame([run(trial, bench)])
                 row.to_csv(TRIALS, mode="a", header=not TRIALS.exists(), index=False)
     return True
 
@@ -298,9 +314,9 @@ def write_tables() -> None:
 
 def pool(data_root: Path | None) -> None:
     """Train the head on the examples of all clients together without privacy, and write the scores to pooled.json."""
-    found, held = {}, {}
+    found, bench = {}, Bench(data_root)
     for study in ROWS:
-        experiment = build(study, ('adapter.kind="head"',), data_root, held)
+        experiment = bench.build(study, ('adapter.kind="head"',))
         people, model = experiment.population, experiment.initial_model
         examples = [people.examples(client) for client in range(people.federation.population)]
         inputs, labels = (torch.cat(part) for part in zip(*examples, strict=True))
