@@ -63,9 +63,9 @@ ORDER = (
 )
 # Rows that are run after all others.
 LATE = (("ffa-lora", CLIPPING + MOMENTUM), ("ffa-lora", NORMEC + MOMENTUM))
-# The middle one of three steps, a factor of 3 apart; a tenth of it with momentum 0.9.
+# The third of four steps, a factor of 3 apart; a tenth of it with momentum 0.9.
 STEPS = {("text", CLIPPING): 10.0, ("text", NORMEC): 1.0, ("images", CLIPPING): 10.0, ("images", NORMEC): 1.0}
-FACTORS = (1 / 3, 1.0, 3.0)
+FACTORS = (1 / 9, 1 / 3, 1.0, 3.0)
 ROWS = {
     "text": (
         *(("head", name + suffix) for name in METHODS for suffix in ("", MOMENTUM)),
