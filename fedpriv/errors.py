@@ -70,6 +70,11 @@ def plural(noun: str, number: int) -> str:
     return noun if number == 1 else f"{noun}s"
 
 
+def number_of(number: int, noun: str) -> str:
+    """Return a number and a regular noun in the form that fits it, as in `1 round` and `2,000 rounds`."""
+    return f"{number:,} {plural(noun, number)}"
+
+
 def require_extra(where: str, extra: str, packages: Iterable[str] | None = None) -> None:
     """Raise UserError unless the packages of an extra are installed. Imports none of them.
 

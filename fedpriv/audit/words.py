@@ -1,5 +1,6 @@
 """An audit in words: the attack, the auditor's knowledge, and the result."""
 
+from fedpriv.errors import number_of
 from fedpriv.privacy import PrivacyPlan, rounded_up
 from fedpriv.tables import Record
 
@@ -42,7 +43,7 @@ def knowledge_of(plan: PrivacyPlan, hidden: bool) -> str:
 def in_words(record: Record) -> str:
     """Return one paragraph about an audit from its record (`audit.json`)."""
     rounds, mean = record["rounds"], record["participations"]["mean"]
-    each = f"{rounds} rounds" if mean == rounds else f"{mean:.1f} of {rounds} rounds on average"
+    each = number_of(rounds, "round") if mean == rounds else f"{mean:.1f} of {rounds} rounds on average"
     attacked = (
         f"{record['canaries_seen']} {_CANARIES[record['unit']]} took part in {each} of {record['name']} "
         f"({record['method']}, {record['parameters']} parameters) next to {record['population']} clients, and went "

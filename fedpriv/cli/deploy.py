@@ -7,7 +7,7 @@ import typer
 
 from fedpriv.cli.app import app
 from fedpriv.cli.terminal import say
-from fedpriv.errors import require_extra
+from fedpriv.errors import number_of, require_extra
 
 deploy = typer.Typer(help="Set up, check and run a server and nodes on separate machines.", no_args_is_help=True)
 app.add_typer(deploy, name="deploy")
@@ -49,7 +49,11 @@ def init(
     policy = {"trust": trust, "unit": unit, "epsilon": epsilon, "delta": delta}
     deployment = make_deployment(host=host, port=port, nodes=nodes, helpers=helpers, **policy)
     init_deployment(folder, deployment, days)
-    made = f"{nodes} nodes and {helpers} helpers" if helpers else f"and {nodes} nodes"
+    made = (
+        f"{number_of(nodes, 'node')} and {number_of(helpers, 'helper')}"
+        if helpers
+        else f"and {number_of(nodes, 'node')}"
+    )
     say(f"made        server, admin, ca{',' if helpers else ''} {made} in {folder}\nnext        {folder / 'README.md'}")
 
 

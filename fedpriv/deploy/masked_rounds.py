@@ -19,7 +19,7 @@ from fedpriv.deploy.facts import settings_digest
 from fedpriv.deploy.helpers import end_run, helper_answers, helper_keys
 from fedpriv.deploy.server import Network
 from fedpriv.deploy.sums import HelperList, SecureSums
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, number_of
 from fedpriv.flower.messages import ClientInstructions, RunTerms, masked_of
 from fedpriv.flower.server.nodes import Nodes
 from fedpriv.privacy import PrivacyPlan
@@ -130,7 +130,7 @@ class MaskedRounds:
         clients = collector.clients
         enough = len(clients) >= least
         self._closed = Closed.from_bytes(collector.close()) if enough else None
-        self.reason = "" if enough else f"{len(clients)} clients answered, and a sum needs {least}"
+        self.reason = "" if enough else f"{number_of(len(clients), 'client')} answered, and a sum needs {least}"
         return clients, invalid
 
     def total(self) -> Total:

@@ -24,7 +24,7 @@ from fedpriv.deploy.operate.tally import Counts, Tally
 from fedpriv.deploy.parties import client_in_words, clients_in_words
 from fedpriv.deploy.status.record import StatusWriter, note_run
 from fedpriv.deploy.sums import HelperList, SecureSums
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, number_of
 from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.recorder import Recorder
@@ -133,7 +133,7 @@ class Network:
                 return
             if time.monotonic() > end:
                 remedy = "Start these nodes, add --wait to wait for them, or lower deployment.min_participants"
-                expected = f"at least {clients} of {self.population} clients within {seconds:g} s"
+                expected = f"at least {clients} of {number_of(self.population, 'client')} within {seconds:g} s"
                 got = f"{len(self.nodes)}, without {clients_in_words(self.absent)}"
                 raise UserError("SuperNodes", expected, got, remedy)
             time.sleep(_POLL_SECONDS)
@@ -286,7 +286,9 @@ class Network:
         ids = list(self.grid.push_messages(list(messages.values())))
         if not ids:
             remedy = "Choose a smaller model: the messages may be too large"
-            raise UserError("SuperLink", f"it to accept {len(messages)} messages", "a refusal of all", remedy)
+            raise UserError(
+                "SuperLink", f"it to accept {number_of(len(messages), 'message')}", "a refusal of all", remedy
+            )
         return {message_id: key for message_id, key in zip(ids, messages, strict=False) if message_id}
 
     def _pull(self, waiting: Mapping[str, int]) -> list[tuple[str, Message | str]]:

@@ -14,7 +14,7 @@ from typing import Generic
 import torch
 from torch import Tensor
 
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, number_of
 from fedpriv.methods import ClientStateT, Method
 
 __all__ = ["StateStore"]
@@ -192,7 +192,7 @@ class StateStore(Generic[ClientStateT]):
 
     def _refuse_more_than_fit(self, clients: Sequence[int]) -> None:
         if self._capacity is not None and len(clients) > self._capacity:
-            expected, got = f"room for {len(clients)} clients at once", f"room for {self._capacity}"
+            expected, got = f"room for {number_of(len(clients), 'client')} at once", f"room for {self._capacity}"
             raise UserError("--state-memory", expected, got, "Give more memory")
 
     def _row(self, slot: int) -> list[Tensor]:

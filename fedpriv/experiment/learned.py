@@ -6,6 +6,7 @@ other, with a model that is pure noise. All warnings derive from `diagnostics.js
 
 from collections.abc import Sequence
 
+from fedpriv.errors import number_of
 from fedpriv.tables import Record
 
 __all__ = ["Complaints", "learned_nothing", "warnings_of"]
@@ -44,8 +45,8 @@ def warnings_of(rows: Sequence[Record]) -> list[str]:
 
 def _void(void: int, rounds: int) -> str:
     return (
-        f"{void} of {rounds} rounds were void, with too few answers or too large a sum: they are charged, but change "
-        "no model. Use larger cohorts, or lower aggregation.least_survivors."
+        f"Void rounds: {void} of {rounds}, with too few answers or too large a sum. They are charged, but change no "
+        "model. Use larger cohorts, or lower aggregation.least_survivors."
     )
 
 
@@ -54,7 +55,7 @@ def _warnings_of(rows: Sequence[Record]) -> list[str]:
     if not rows:
         return []
     if messages == 0:
-        return [f"No client's message counted in any of {len(rows)} rounds: the model is at most noise."]
+        return [f"No client's message counted in {number_of(len(rows), 'round')}: the model is at most noise."]
     if learned_nothing(rows):
         return [f"None of {messages} updates was finite; all counted as zero. The model is at most noise. {_CAUSE}"]
     if bad == 0:

@@ -291,7 +291,7 @@ def test_a_wrong_signature_voids_a_round_unless_the_server_knows_the_keys(tmp_pa
             assert set(strategy.attendance.failed) == {2}
             assert strategy.total.messages == CLIENTS - 1
         else:
-            with pytest.raises(UserError, match="0 messages in 1 rounds; 1 rounds are void"):
+            with pytest.raises(UserError, match="0 messages in 1 round; 1 round void"):
                 start(strategy, grid, rounds=1)
 
 

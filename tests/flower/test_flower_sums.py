@@ -150,7 +150,7 @@ def test_a_run_whose_rounds_are_all_void_says_so() -> None:
     with pytest.raises(UserError, match="the run: expected messages that count, got 0 messages in 2 rounds"):
         start(strategy, without(missing, InProcessGrid(app, CLIENTS)), rounds=2)
     strategy = DPFedAvg(privacy=SUMS, cohort=Poisson(CLIENTS, 0.001), seed=1)
-    with pytest.raises(UserError, match="0 messages in 2 rounds; 2 rounds are void"):
+    with pytest.raises(UserError, match="0 messages in 2 rounds; 2 rounds void"):
         start(strategy, InProcessGrid(app, CLIENTS), rounds=2)
 
 

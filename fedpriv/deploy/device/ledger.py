@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from fedpriv.deploy.device.memory import remembered_ledgers
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, number_of
 from fedpriv.files import append_durably, finish_replacing, make_private_folder, only_one, prepare_replacing
 from fedpriv.flower.privacy_terms import PrivacyTerms
 from fedpriv.privacy import REPLACE_FACTOR, Adjacency, Everyone, Local, PrivacyPlan, UnitName, rounded_up
@@ -301,7 +301,7 @@ def account_of(folder: Path, epsilon: float, delta: float, adjacency: Adjacency,
             else f"epsilon {in_words(spent(part, delta, adjacency, unit))} for this run alone"
         )
         noise = f"noise {last.noise_stddev:g}" if last.noise_stddev else "no noise from this client"
-        what = f"{len(part)} messages of norm at most {last.l2_bound:g}, {noise}"
+        what = f"{number_of(len(part), 'message')} of norm at most {last.l2_bound:g}, {noise}"
         if (numbers := last.sums) is not None:
             what += (
                 f", in sums of at least {numbers.least_survivors} clients, up to {numbers.colluders} of them against it"

@@ -25,7 +25,7 @@ from fedpriv.deploy.checks import (
 )
 from fedpriv.deploy.device.folder import key_pair
 from fedpriv.deploy.helper.messages import HELPER_HOME
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, number_of
 from fedpriv.experiment.config import read_config_file
 from fedpriv.experiment.schema import read_table
 from fedpriv.files import replace_durably
@@ -113,10 +113,10 @@ def check_helper_folder(folder: Path) -> list[Finding]:
 def _helper(folder: Path) -> str:
     helper = load_helper(folder)
     if len(helper.enrolled) < helper.min_clients:
-        expected = f"at least min-clients = {helper.min_clients} clients"
+        expected = f"at least min-clients = {number_of(helper.min_clients, 'client')}"
         raise UserError(CLIENTS_TOML, expected, len(helper.enrolled), "Add the keys of the clients")
     identity = helper.identity.public_key().public_bytes_raw().hex()
-    return f"identity {identity}, {len(helper.enrolled)} clients, at least {helper.min_clients} in a sum"
+    return f"identity {identity}, {number_of(len(helper.enrolled), 'client')}, at least {helper.min_clients} in a sum"
 
 
 def load_helper(folder: Path) -> Helper:

@@ -7,7 +7,7 @@ from fedpriv.deploy.setup.keys import register_nodes
 from fedpriv.deploy.setup.provision import add_nodes
 from fedpriv.deploy.setup.roster import CONNECTION, Roster
 from fedpriv.deploy.status.view import RunView, view_of
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, number_of
 from fedpriv.flower.internals.control import administering
 
 __all__ = ["join_nodes", "part_in_words", "registered_by_name"]
@@ -65,10 +65,12 @@ def part_in_words(clients: list[int], runs: list[RunView]) -> list[str]:
             continue
         if inside:
             names = ", ".join(f"node-{client}" for client in inside)
-            lines.append(f"{names}: at once in {run.name}, whose plan has {run.clients} clients")
+            lines.append(f"{names}: at once in {run.name}, whose plan has {number_of(run.clients, 'client')}")
         if len(inside) < len(clients):
             names = ", ".join(f"node-{client}" for client in clients if client >= run.clients)
-            lines.append(f"{names}: not in {run.name}, whose plan has {run.clients} clients and does not change")
+            lines.append(
+                f"{names}: not in {run.name}, whose plan has {number_of(run.clients, 'client')} and does not change"
+            )
     return [*lines, f"in the next run with clients = {max(clients) + 1} or more in [data]"]
 
 

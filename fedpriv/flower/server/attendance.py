@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, number_of
 from fedpriv.flower.server.nodes import in_words
 from fedpriv.methods import LostMemory
 from fedpriv.privacy import PrivacyPlan
@@ -174,20 +174,20 @@ class Attendance:
     def refuse_nothing(self) -> None:
         """Raise a `UserError` if no message of the whole run counted, or none is known to be finite."""
         if self.counted == 0 and self.rounds > 0:
-            got = f"0 messages in {self.rounds} rounds"
+            got = f"0 messages in {number_of(self.rounds, 'round')}"
             if self.failed:
                 got += f"; the first failures: {in_words(self.failed)}"
             else:
-                got += f"; {self.voids} rounds are void" if self.voids else "; no client was asked"
+                got += f"; {number_of(self.voids, 'round')} void" if self.voids else "; no client was asked"
             remedy = "Do not use the model: it holds the initial values and at most noise"
             raise UserError("the run", "messages that count", got, remedy)
         if 0 < self.messages == self.non_finite:
-            got = f"{self.messages} updates that are not finite and count as zero"
+            got = f"{number_of(self.messages, 'update')} with values that are not finite, counted as zero"
             raise UserError("the run", "updates of finite numbers", got, "Lower the learning rate of the app")
 
     def _refuse_too_many(self, round: int, counted: Collection[int], failures: Mapping[int, str]) -> None:
         asked = len(counted) + len(failures)
-        expected = f"answers from at least {asked - self._tolerated(asked)} of {asked} clients"
+        expected = f"answers from at least {asked - self._tolerated(asked)} of {number_of(asked, 'client')}"
         if self.secret and self.max_failures is None:
             if self.counted or counted or len(self.failed) < min(_MIN_FAILED, self.population):
                 return
@@ -195,7 +195,7 @@ class Attendance:
         elif len(failures) <= self._tolerated(asked):
             return
         elif self._tolerated(asked) == 0:
-            expected = f"an answer from each of {asked} clients"
+            expected = f"an answer from each of {number_of(asked, 'client')}"
         remedy = "Fix these clients and start the run again"
         remedy += ", or raise max_failures" if self.max_failures is not None and self.max_failures < 1.0 else ""
         raise UserError(f"round {round}", expected, in_words(failures), self.remedy or remedy)

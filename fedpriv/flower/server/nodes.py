@@ -9,7 +9,7 @@ from typing import TypeVar
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, number_of
 from fedpriv.flower.client_errors import reason_in_short
 from fedpriv.flower.internals.app import joins_at_once
 from fedpriv.flower.messages import NodeInfo, ask_node_info, printable, refused
@@ -83,7 +83,7 @@ def find_nodes(grid: Grid, expected: int | None, join_timeout: float, timeout: f
     if failures:
         raise UserError(
             "nodes (is there a ClientApp(mods=[private_mod])?)",
-            f"an answer from each of {len(nodes)} clients",
+            f"an answer from each of {number_of(len(nodes), 'client')}",
             in_words({node: f"node {node}: {reason}" for node, reason in failures.items()}, "node"),
             "Fix these clients and start the run again",
         )
