@@ -80,7 +80,9 @@ class KeptActivations:
             return inputs
         key = self._keys.get(client)
         if key is None:
-            content = hashlib.sha256(inputs.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).digest()
+            content = hashlib.sha256(
+                inputs.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            ).digest()
             key = (*self._task.lower_key, tuple(inputs.shape), inputs.dtype, content)
         found = self._store.get(key)
         if found is None:

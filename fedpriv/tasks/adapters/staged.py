@@ -129,7 +129,7 @@ def frozen_digest(module: nn.Module) -> str | None:
 
 def _update(found: "hashlib._Hash", name: str, tensor: Tensor) -> None:
     found.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-    found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _stages_of(module: nn.Module) -> tuple[nn.Module, ...]:
