@@ -38,7 +38,7 @@ sys.path[:0] = [str(HERE.parents[0] / "benchmarks")]
 from page import fill, table  # noqa: E402
 
 TRIALS, POOLED, PAGE = HERE / "trials.csv", HERE / "pooled.json", HERE / "README.md"
-SEEDS = (1, 2, 3)
+SEEDS = (1, 2, 3, 4, 5)
 TUNED_ON = 1
 KEYS = ["study", "cell", "adapter", "method", "step", "seed"]
 ROW = ["adapter", "method"]
@@ -203,20 +203,16 @@ def scores(best: pd.DataFrame, study: str, cell: str) -> pd.DataFrame:
     return found.dropna(axis=1)
 
 
-def half_interval(wide: pd.DataFrame) -> float:
-    """Return half the 95 % interval of a mean over seeds, with one variance for all columns; NaN for too few."""
-    seeds, columns = wide.shape
-    if seeds < 2 or columns == 0:
-        return math.nan
-    freedom = columns * (seeds - 1)
-    variance = float(wide.var(ddof=1).mean())
-    return float(student.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(variance / seeds)
+def half_intervals(wide: pd.DataFrame) -> pd.Series:
+    """Return half the 95 % interval of each column's mean over seeds (Student's t); NaN for a single seed."""
+    seeds = len(wide)
+    quantile = student.ppf((1 + CONFIDENCE) / 2, seeds - 1) if seeds > 1 else math.nan
+    return wide.std(ddof=1) * quantile / math.sqrt(max(seeds, 1))
 
 
-def gains(wide: pd.DataFrame, reference: tuple[str, str]) -> tuple[pd.Series, float]:
-    """Return the mean paired difference of each other column to a reference, and half the interval of each."""
-    differences = wide.drop(columns=[reference]).sub(wide[reference], axis=0)
-    return differences.mean(), half_interval(differences)
+def gains(wide: pd.DataFrame, reference: tuple[str, str]) -> pd.DataFrame:
+    """Return the paired differences of each other column to a reference, by seed."""
+    return wide.drop(columns=[reference]).sub(wide[reference], axis=0)
 
 
 def accuracy_table(best: pd.DataFrame, study: str) -> str:
@@ -231,19 +227,22 @@ def accuracy_table(best: pd.DataFrame, study: str) -> str:
 
 def gains_table(best: pd.DataFrame, study: str) -> str:
     """Return each row's paired difference to the reference, in points; bold if the interval excludes 0."""
-    cells = {cell: gains(wide, REFERENCE) for cell in COLUMNS if REFERENCE in (wide := scores(best, study, cell))}
-    rows = []
-    for row in ROWS[study]:
-        if row != REFERENCE:
-            rows.append((*row, *(_gain(*cells[cell], row) if cell in cells else "" for cell in COLUMNS)))
+    found = {cell: scores(best, study, cell) for cell in COLUMNS}
+    cells = {cell: gains(wide, REFERENCE) for cell, wide in found.items() if REFERENCE in wide}
+    rows = [
+        (*row, *(_gain(cells[cell], row) if cell in cells else "" for cell in COLUMNS))
+        for row in ROWS[study]
+        if row != REFERENCE
+    ]
     return table((*ROW, *COLUMNS), rows)
 
 
-def _gain(means: pd.Series, half: float, row: tuple[str, str]) -> str:
-    if row not in means or math.isnan(half):
+def _gain(differences: pd.DataFrame, row: tuple[str, str]) -> str:
+    if row not in differences or len(differences) < 2:
         return ""
-    text = f"{100 * means[row]:+.1f} ± {100 * half:.1f}"
-    return f"**{text}**" if abs(means[row]) > half else text
+    mean, half = float(differences[row].mean()), float(half_intervals(differences)[row])
+    text = f"{100 * mean:+.1f} ± {100 * half:.1f}"
+    return f"**{text}**" if abs(mean) > half else text
 
 
 def steps_table(best: pd.DataFrame) -> str:
@@ -265,7 +264,9 @@ def draw(best: pd.DataFrame, lines: dict[str, dict[str, float]], path: Path) -> 
     marks = {CLIPPING: "o", CLIPPING + MOMENTUM: "^", NORMEC: "s", NORMEC + MOMENTUM: "D"}
     for axes, study in zip(figure.subplots(1, 2, width_ratios=(10, 6)), ROWS, strict=True):
         for number, row in enumerate(ROWS[study]):
-            found = [(at, wide[row].mean(), half_interval(wide)) for at, wide in _found(best, study) if row in wide]
+            found = [
+                (at, wide[row].mean(), half_intervals(wide)[row]) for at, wide in _found(best, study) if row in wide
+            ]
             if not found:
                 continue
             at, mean, half = (np.array(part) for part in zip(*found, strict=True))
@@ -290,6 +291,7 @@ def draw(best: pd.DataFrame, lines: dict[str, dict[str, float]], path: Path) -> 
         axes.set_ylabel("test accuracy, %")
         axes.grid(axis="y", alpha=0.3)
         axes.set_title(TITLES[study], fontsize=10)
+        axes.margins(y=0.1)
     figure.legend(fontsize=8, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=130)
 
