@@ -11,7 +11,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["about_compiled", "native_library"]
+import numpy as np
+
+__all__ = ["about_compiled", "address_of", "native_library"]
 
 # No flag may change rounding: no contraction, no reordering.
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -33,6 +35,13 @@ def native_library(source: Path, declare: Callable[[ctypes.CDLL], None]) -> ctyp
     except (OSError, RuntimeError, subprocess.SubprocessError, AttributeError):  # RuntimeError: no home folder
         return None
     return library
+
+
+def address_of(array: np.ndarray) -> int:
+    """Return the address of an array's numbers: `array.ctypes.data`, in a third of the time if it is writable."""
+    if not array.flags.writeable or not array.size:
+        return array.ctypes.data
+    return ctypes.addressof(ctypes.c_char.from_buffer(array.data))
 
 
 def about_compiled(there: bool) -> str:

@@ -11,6 +11,7 @@ makes this sum the boundary of secure aggregation.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Generic, NamedTuple, cast
 
 import numpy as np
@@ -224,11 +225,17 @@ class ServerRules:
         Raises:
             ValueError: If the state is not of these rules; one of `method.init_server` may lack the mechanism's part.
         """
-        first = self.init(state.model[:0])
-        if state._fields != first._fields:  # pyright: ignore[reportPrivateUsage]
-            expected, got = ", ".join(first._fields), ", ".join(state._fields)  # pyright: ignore[reportPrivateUsage]
+        own, noise = self._empty_parts
+        first = joined(own, noise)._fields  # pyright: ignore[reportPrivateUsage]
+        if state._fields != first:  # pyright: ignore[reportPrivateUsage]
+            expected, got = ", ".join(first), ", ".join(state._fields)  # pyright: ignore[reportPrivateUsage]
             raise ValueError(f"expected a server state with the fields {expected}, got {got}: use ServerRules.init")
-        return parted(state, self.method.init_server(state.model[:0]), self.mechanism.init(0))
+        return parted(state, own, noise)
+
+    @cached_property
+    def _empty_parts(self) -> tuple[ServerState, MechanismState]:
+        """The states of the method and of the mechanism for a model without parameters."""
+        return self.method.init_server(torch.zeros(0)), self.mechanism.init(0)
 
 
 class Agreement(NamedTuple):

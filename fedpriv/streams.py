@@ -9,12 +9,25 @@ import os
 import random
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal, Protocol
+from functools import cached_property
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
-__all__ = ["Purpose", "Randomness", "SeededSource", "SeededStreams", "Source", "Streams", "SystemStreams", "Words"]
+from fedpriv.philox import philox_in_c
+
+__all__ = [
+    "PhiloxStart",
+    "Purpose",
+    "Randomness",
+    "SeededSource",
+    "SeededStreams",
+    "Source",
+    "Streams",
+    "SystemStreams",
+    "Words",
+]
 
 Randomness = Literal["seeded", "system"]
 """The source of noise and cohorts: a seed, or the operating system."""
@@ -92,12 +105,35 @@ _FEW = 256  # Up to this many words, the operating system is faster than keying 
 _NOISE = (Purpose.SERVER_NOISE, Purpose.CLIENT_NOISE, Purpose.CLIENT_NOISE_SUM, Purpose.SCORE_NOISE, Purpose.STEP_NOISE)
 
 
-class SeededSource:
-    """A Philox generator. Use `rng` directly only for draws that need no secrecy (partitions, minibatches)."""
+class PhiloxStart(NamedTuple):
+    """Key of a generator, and the number of its words before the next one."""
 
-    def __init__(self, sequence: np.random.SeedSequence) -> None:
-        self._sequence, self._given = sequence, 0
-        self.rng = np.random.Generator(np.random.Philox(sequence))
+    key: tuple[int, int]
+    position: int
+
+
+class SeededSource:
+    """A Philox generator. Use `rng` directly only for draws that need no secrecy (partitions, minibatches).
+
+    Its words are made in C if possible: the same words, without making a generator of numpy.
+
+    Args:
+        entropy: The seed, at least 0.
+        address: Numbers that distinguish the streams of a seed, at least 0.
+    """
+
+    def __init__(self, entropy: int, address: tuple[int, ...]) -> None:
+        self._entropy, self._address, self._given = entropy, address, 0
+        self._rng: np.random.Generator | None = None
+        self._key: tuple[int, int] | None = None
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """The generator, after the words drawn so far."""
+        if self._rng is None:
+            self._rng = np.random.Generator(np.random.Philox(self._sequence(self._address)))
+            self._rng.bit_generator.random_raw(self._given, output=False)
+        return self._rng
 
     @property
     def position(self) -> int:
@@ -106,15 +142,35 @@ class SeededSource:
 
     def words(self, size: int) -> np.ndarray:
         """See `Words.words`."""
+        start, in_c = self.skipped(size), philox_in_c()
+        if start is not None and in_c is not None:
+            return in_c.words(start.key, start.position, size)
+        found = self.rng.bit_generator.random_raw(size)
         self._given += size
-        return self.rng.bit_generator.random_raw(size)
+        return found
+
+    def skipped(self, size: int) -> PhiloxStart | None:
+        """Skip the next words, for a caller that makes them itself, and return where they begin.
+
+        Returns:
+            None if only numpy can make them; no word is skipped then.
+        """
+        in_c = philox_in_c() if self._rng is None else None
+        if in_c is None:
+            return None
+        self._key = self._key or in_c.key(self._entropy, self._address)
+        start = PhiloxStart(self._key, self._given)
+        self._given += size
+        return start
 
     def more(self, position: int, number: int) -> int:
         """See `Words.more`; depends on address, position and number alone."""
         # Longer than any address, so it never equals one.
-        key = (*self._sequence.spawn_key, _MORE, position % 2**32, position >> 32)
-        child = np.random.SeedSequence(self._sequence.entropy, spawn_key=key)
-        return int(np.random.Philox(child).random_raw(number)[-1])
+        key = (*self._address, _MORE, position % 2**32, position >> 32)
+        return int(np.random.Philox(self._sequence(key)).random_raw(number)[-1])
+
+    def _sequence(self, address: tuple[int, ...]) -> np.random.SeedSequence:
+        return np.random.SeedSequence(self._entropy, spawn_key=address)
 
     def uniform(self, size: int) -> np.ndarray:
         """See `Source.uniform`."""
@@ -144,11 +200,11 @@ class SeededStreams:
 
     def source(self, purpose: Purpose, round: int = 0, client: int = 0) -> SeededSource:
         """See `Streams.source`."""
-        address = (int(purpose), int(round), int(client))
         own = purpose in _NOISE or (self.own_cohorts and purpose is Purpose.COHORT)
-        entropy = self._noise_seed() if own else self.seed
-        return SeededSource(np.random.SeedSequence(entropy, spawn_key=address))
+        entropy = self._noise_seed if own else self.seed
+        return SeededSource(entropy, (int(purpose), int(round), int(client)))
 
+    @cached_property
     def _noise_seed(self) -> int:
         return int.from_bytes(hashlib.sha256(f"{self.seed} {self.noise_id}".encode()).digest(), "little")
 

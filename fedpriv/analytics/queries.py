@@ -11,6 +11,7 @@ of a client are summed, only the whole vector has a bound: there, each query alo
 | labels, histogram, categories | the indicator of its bin | 1 | at most sqrt(2) |
 | moments of c columns | u and u^2 - 1/2 of each, u in [-1, 1] | sqrt(5 c / 4) | at most 2 sqrt(c) |
 | quantiles | the indicators of its node at each of L levels | sqrt(L) | at most sqrt(2 L) |
+| prefixes | the indicator of its prefix, if it is one of them | 1 | at most sqrt(2) |
 
 Plans charge 2 norm for `replace`, which is up to sqrt(2) times too much.
 
@@ -26,11 +27,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpriv.analytics.heavy import prefixes as words
 from fedpriv.analytics.tree import cumulative
 from fedpriv.errors import UserError, nearest, plural
 
 __all__ = [
     "KINDS",
+    "LABEL",
     "Categories",
     "Column",
     "Count",
@@ -38,6 +41,7 @@ __all__ = [
     "Histogram",
     "Labels",
     "Moments",
+    "Prefixes",
     "Quantiles",
     "Query",
     "Seen",
@@ -45,6 +49,9 @@ __all__ = [
     "read_query",
     "vector_scales",
 ]
+
+LABEL = "label"
+"""The name of a label that is a number, in place of a column."""
 
 MAX_BINS = 100_000
 MAX_LEVELS = 16
@@ -116,6 +123,11 @@ class Query(Protocol):
         """The question in words, for the privacy statement."""
         ...
 
+    @property
+    def of_label(self) -> bool:
+        """True if the question is about a label that is a number; `entries` then takes labels as inputs."""
+        ...
+
     def size(self, labels: int) -> int:
         """Return the length of phi, from the number of labels."""
         ...
@@ -140,11 +152,13 @@ class _Asked:
     Args:
         name: See `Query`.
         share: See `Query`; None for an equal part of what the other queries leave.
+        of_label: Set by the analysis; see `Query`.
     """
 
     kind: ClassVar[str]
     name: str = ""
     share: float | None = None
+    of_label: bool = False
 
     def __post_init__(self) -> None:
         if self.share is not None and not 0.0 < self.share <= 1.0:
@@ -285,6 +299,8 @@ class _OfColumn(_Asked):
 
     def resolved(self, columns: Mapping[str, Column], categories: Mapping[str, tuple[int, int]]) -> "_OfColumn":
         """Return the query with the column's place and constants; see `Moments.resolved`."""
+        if self.of_label or (self.column == LABEL and LABEL not in columns):
+            return replace(self, column=0, of_label=True)
         place, shift, scale = _column_of(self, "column", self.column, columns)
         return replace(self, column=place, shift=shift, scale=scale)
 
@@ -457,6 +473,8 @@ class Moments(_Asked):
             UserError: If the data set has no such column, or a column is named twice.
         """
         asked = self.columns or tuple(columns)
+        if self.of_label or (asked == (LABEL,) and LABEL not in columns):
+            return replace(self, columns=(0,), shifts=(0.0,), scales=(1.0,), names=(LABEL,), of_label=True)
         if not asked:
             remedy = "Give places such as [0, 1]: this data set does not declare names of columns"
             raise UserError(self.key("columns"), "columns", "an absent key", remedy)
@@ -530,7 +548,73 @@ class Moments(_Asked):
         }
 
 
-KINDS: dict[str, type[Query]] = {kind.kind: kind for kind in (Count, Labels, Histogram, Categories, Moments, Quantiles)}
+@dataclass(frozen=True, kw_only=True)
+class Prefixes(_Asked):
+    """The shares of words that begin with each of some prefixes; of the data set `words`.
+
+    Args:
+        prefixes: Different prefixes of one length. A whole word may be shorter, and ends with `$`.
+    """
+
+    kind: ClassVar[str] = "prefixes"
+    prefixes: tuple[str, ...] = ()
+
+    @property
+    def about(self) -> str:
+        """See `Query.about`."""
+        return f"the shares of {len(self.prefixes):,} prefixes of words"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "prefixes", tuple(self.prefixes))
+        try:
+            if len(np.unique(self._numbers)) < max(len(self.prefixes), 1):
+                raise ValueError("a list without prefixes" if not self.prefixes else "a prefix twice")
+        except ValueError as error:
+            expected = f"different prefixes of one length, at most {words.MAX_LENGTH}; whole words end with $"
+            raise UserError(self.key("prefixes"), expected, str(error), "Correct the list") from None
+
+    @property
+    def _length(self) -> int:
+        open_ = [len(prefix) for prefix in self.prefixes if not prefix.endswith(words.END)]
+        return max([*open_, *(len(prefix) for prefix in self.prefixes)], default=1)
+
+    @property
+    def _numbers(self) -> np.ndarray:
+        if self._length > words.MAX_LENGTH:
+            raise ValueError(max(self.prefixes, key=len))
+        return words.read(self.prefixes, self._length)
+
+    def size(self, labels: int) -> int:
+        """Return the number of prefixes."""
+        return len(self.prefixes)
+
+    def norm(self) -> float:
+        """Return 1: a word begins with at most one of different prefixes of one length."""
+        return 1.0
+
+    def entries(self, inputs: Tensor) -> Entries:
+        """See `Query.entries`: inputs are the symbols of a word, `[records, letters]`."""
+        flat = _flat(self, inputs)
+        if flat.shape[1] < self._length:
+            raise missing_place(self.key("prefixes"), self._length - 1, flat.shape[1])
+        order = np.argsort(self._numbers)
+        sorted_ = torch.as_tensor(self._numbers[order], device=flat.device)
+        powers = torch.as_tensor([words.SYMBOLS**left for left in reversed(range(self._length))], device=flat.device)
+        symbols = flat[:, : self._length].long().clamp(0, words.SYMBOLS - 1)
+        found = (symbols * powers).sum(dim=1, keepdim=True)
+        at = (sorted_ < found).sum(dim=1, keepdim=True).clamp(max=len(order) - 1)
+        matched = (sorted_[at] == found).float()
+        return Entries(torch.as_tensor(order, device=flat.device)[at], matched)
+
+    def answer(self, seen: Seen) -> dict[str, object]:
+        """See `Query.answer`."""
+        return {"names": list(self.prefixes), **_bins(seen)}
+
+
+KINDS: dict[str, type[Query]] = {
+    kind.kind: kind for kind in (Count, Labels, Histogram, Categories, Moments, Quantiles, Prefixes)
+}
 """The queries by the name of their kind."""
 
 

@@ -69,7 +69,7 @@ class Statistics:
         return size
 
     def build(self, input_shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
-        """Return a module from inputs to one output for them, and one for each label; see `ModelSource.build`."""
+        """Return a module from inputs to one output for them, and those of labels; see `ModelSource.build`."""
         module = _Linear(self.asked, self._ends(classes - 1), classes - 1)
         with torch.no_grad():
             module(torch.zeros(1, *input_shape))  # raises if an input has no such column
@@ -104,7 +104,7 @@ class Statistics:
 
 
 class _Linear(nn.Module):
-    """<answers, phi> of inputs, and the part of each label."""
+    """<answers, phi> of inputs, and the part of each label; or the parts of queries about labels that are numbers."""
 
     def __init__(self, queries: Sequence[Query], ends: Sequence[int], labels: int) -> None:
         super().__init__()
@@ -116,14 +116,19 @@ class _Linear(nn.Module):
         """Map inputs `[batch, ...]` to `[batch, 1 + labels]`."""
         linear = self.answers.new_zeros(len(inputs), 1)
         of_labels = self.answers.new_zeros(len(inputs), self._labels)
+        of_numbers: list[Tensor] = []
         for query, start, scale in self._queries:
+            if query.of_label:
+                part = scale * self.answers[start : start + query.size(self._labels)]
+                of_numbers.append(part.expand(len(inputs), -1))
+                continue
             found = query.entries(inputs)
             if found is None:
                 of_labels = of_labels + scale * self.answers[start : start + query.size(self._labels)]
             else:
                 values = self.answers[found.places + start] * found.values
                 linear = linear + scale * values.sum(dim=1, keepdim=True)
-        return torch.cat([linear, of_labels], dim=1)
+        return torch.cat([linear, *(of_numbers or [of_labels])], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,15 +136,24 @@ class StatisticsTask(TaskKind):
     """The loss -<x, phi> of a record; nothing is scored on test examples.
 
     Args:
-        labels: The kind of labels of the data set: `classes`, or `numbers`, which are not asked about.
+        labels: The kind of labels of the data set: `classes` or `numbers`.
+        queries: The resolved queries about labels that are numbers, one table each; None for none.
     """
 
     labels: LabelKind = "classes"  # pyright: ignore[reportIncompatibleVariableOverride]
+    queries: list[dict[str, object]] | None = None
 
     def __post_init__(self) -> None:
         if self.labels not in ("classes", "numbers"):
             raise UserError("analysis.label_kind", '"classes" or "numbers"', repr(self.labels), "Change the key")
+        if self.queries and self.labels != "numbers":
+            remedy = 'Set analysis.label_kind = "numbers"'
+            raise UserError("analysis.label_kind", '"numbers" with a column "label"', repr(self.labels), remedy)
         super().__post_init__()
+
+    @cached_property
+    def _asked(self) -> list[Query]:
+        return [read_query(table) for table in self.queries or ()]
 
     @property
     def scores(self) -> tuple[str, ...]:
@@ -147,12 +161,18 @@ class StatisticsTask(TaskKind):
         return ()
 
     def width(self, classes: int) -> int:
-        """Return one output for the inputs, and one for each label."""
-        return 1 + (classes if self.labels == "classes" else 0)
+        """Return one output for the inputs, and one for each label, or for each number of a query about labels."""
+        return 1 + (classes if self.labels == "classes" else sum(query.size(0) for query in self._asked))
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """See `TaskKind.losses`."""
         found = outputs[:, 0]
         if self.labels == "classes":
             found = found + outputs[:, 1:].gather(1, labels[:, None])[:, 0]
+        end, values = 1, labels.reshape(len(labels), -1)
+        for query in self._asked:
+            start, end = end, end + query.size(0)
+            entries = query.entries(values)
+            assert entries is not None
+            found = found + (outputs[:, start:end].gather(1, entries.places) * entries.values).sum(dim=1)
         return -found

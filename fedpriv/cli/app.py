@@ -8,7 +8,20 @@ import typer
 from fedpriv.errors import has_extra
 from fedpriv.version import __version__
 
-__all__ = ["ConfigFile", "DataRoot", "LogDiagnostics", "Logs", "Settings", "app", "picture"]
+__all__ = [
+    "ConfigFile",
+    "DataRoot",
+    "Deploy",
+    "Device",
+    "EngineOption",
+    "LogDiagnostics",
+    "Logs",
+    "Out",
+    "Settings",
+    "Workers",
+    "app",
+    "picture",
+]
 
 
 app = typer.Typer(
@@ -40,6 +53,16 @@ Settings = Annotated[
 DataRoot = Annotated[
     Path | None,
     typer.Option(help="Folder of the data sets.", show_default="$FEDPRIV_DATA, otherwise ./data"),
+]
+Out = Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/NAME")]
+EngineOption = Annotated[
+    str, typer.Option("--engine", help="auto (the fastest by measurement), loop, vectorized, ray or flower.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Workers = Annotated[int | None, typer.Option(help="Number of Ray workers.", show_default="one per core or GPU")]
+Deploy = Annotated[
+    str | None,
+    typer.Option(metavar="CONNECTION", help="Run on real devices: folder of a deployment, or a Flower connection."),
 ]
 Logs = Annotated[
     list[str] | None,

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fedpriv.cli.terminal import say
 from fedpriv.errors import UserError
+from fedpriv.experiment.analyses.heavy import HeavyAnalysis
 from fedpriv.experiment.build import assemble_clients, make_federation, plan_of, sampling_of
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.run_directory import jsonable
@@ -30,7 +31,7 @@ from fedpriv.streams import SeededStreams
 if TYPE_CHECKING:
     from fedpriv.report.spent import Group
 
-__all__ = ["print_plan", "print_spent"]
+__all__ = ["print_levels", "print_plan", "print_spent"]
 
 
 def _size_of(experiment: Config, data_root: Path | None) -> int | None:
@@ -75,6 +76,15 @@ def print_plan(experiment: Config, data_root: Path | None, plot: Path | None, *,
         say(quoted(statement, paragraph) + sizes_in_words(by_client), paragraphs=True)
         if plot is not None:
             say(f"picture     {plot}")
+
+
+def print_levels(asked: HeavyAnalysis, data_root: Path | None, *, as_json: bool) -> None:
+    """Print the promise of all levels of an analysis for heavy hitters."""
+    promise, statement = asked.promise(data_root)
+    if as_json:
+        print(json.dumps(jsonable(promise), indent=2))
+    else:
+        say(statement, paragraphs=True)
 
 
 def print_spent(folder: Path, *, as_json: bool) -> None:

@@ -33,11 +33,18 @@ def privacy(
     if (config is None) == (spent is None) or (spent is not None and (settings or plot)):
         remedy = "Give either CONFIG, with -s and --plot if needed, or --spent DIR alone"
         raise UserError("CONFIG", "either a config or --spent", "both" if spent else "an empty command", remedy)
-    from fedpriv.cli.print_privacy import print_plan, print_spent
-    from fedpriv.experiment.config import load_config
+    from fedpriv.cli.print_privacy import print_levels, print_plan, print_spent
+    from fedpriv.experiment.analyses.heavy import HeavyAnalysis, asks_heavy_hitters
+    from fedpriv.experiment.config import load_config, read_tables
 
     if spent is not None:
         print_spent(spent, as_json=as_json)
+        return
+    assert config is not None
+    tables = read_tables(config, settings or ())
+    if not asks_heavy_hitters(tables):
+        print_plan(load_config(tables), data_root, plot, as_json=as_json)
+    elif plot is None:
+        print_levels(HeavyAnalysis(tables), data_root, as_json=as_json)
     else:
-        assert config is not None
-        print_plan(load_config(config, settings or ()), data_root, plot, as_json=as_json)
+        raise UserError("--plot", "a config without heavy hitters", str(plot), "Drop --plot")

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedpriv.checks import one_of
-from fedpriv.cli.app import ConfigFile, DataRoot, LogDiagnostics, Logs, Settings, app
+from fedpriv.cli.app import (
+    ConfigFile,
+    DataRoot,
+    Deploy,
+    Device,
+    EngineOption,
+    LogDiagnostics,
+    Logs,
+    Out,
+    Settings,
+    Workers,
+    app,
+)
 from fedpriv.cli.terminal import say
 from fedpriv.errors import UserError, require_extra
 
@@ -31,16 +43,12 @@ def new(
 @app.command()
 def run(
     config: ConfigFile,
-    out: Annotated[Path | None, typer.Option(help="Run directory.", show_default="runs/NAME")] = None,
-    engine: Annotated[
-        str, typer.Option(help="auto (the fastest by measurement), loop, vectorized, ray or flower.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    out: Out = None,
+    engine: EngineOption = "auto",
+    device: Device = "cpu",
     data_root: DataRoot = None,
     settings: Settings = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Number of Ray workers.", show_default="one per core or GPU")
-    ] = None,
+    workers: Workers = None,
     compute: Annotated[str, typer.Option(help="Engine inside a Ray worker: auto, loop or vectorized.")] = "auto",
     gpus_per_worker: Annotated[
         float | None, typer.Option(help="Share of a GPU for each Ray worker, such as 0.25.", show_default=False)
@@ -69,10 +77,7 @@ def run(
     precision: Annotated[
         str | None, typer.Option(help="float32, or bfloat16 for faster but coarser gradients.", show_default="float32")
     ] = None,
-    deploy: Annotated[
-        str | None,
-        typer.Option(metavar="CONNECTION", help="Run on real devices: folder of a deployment, or a Flower connection."),
-    ] = None,
+    deploy: Deploy = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="With --deploy: wait at the start until all clients are connected.")
     ] = False,

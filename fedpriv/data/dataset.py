@@ -183,6 +183,7 @@ DATASETS: Registry[DatasetSource] = Registry(
         "npy": "fedpriv.data.user_files:Npy",
         "leaf": "fedpriv.data.user_files:Leaf",
         "text": "fedpriv.data.text.tokens:Texts",
+        "words": "fedpriv.data.text.words:Words",
         "image-folder": "fedpriv.data.user_files:ImageFolder",
     },
     protocol=DatasetSource,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedpriv.errors import UserError
 
-__all__ = ["MappedInputs", "chosen_rows", "joined_rows", "mapped"]
+__all__ = ["MappedInputs", "chosen_rows", "joined_rows", "mapped", "rows_at"]
 
 
 class MappedInputs:
@@ -134,6 +134,13 @@ def chosen_rows(inputs: Tensor, rows: np.ndarray) -> Tensor:
     """Return some rows; a copy in memory, unless the inputs are mapped."""
     held = mapped(inputs)
     return inputs[torch.from_numpy(rows).to(inputs.device)] if held is None else cast(Tensor, held.chosen(rows))
+
+
+def rows_at(inputs: Tensor, at: Tensor) -> Tensor:
+    """Return the rows at int64 `at` of any shape, `[*at.shape, *input_shape]`, in memory."""
+    if mapped(inputs) is not None:
+        return inputs[at]
+    return inputs.index_select(0, at.flatten()).view(*at.shape, *inputs.shape[1:])  # faster than an index
 
 
 def joined_rows(one: Tensor, other: Tensor) -> Tensor:

@@ -171,14 +171,14 @@ class Population:
         """Return the losses `[examples]` of one client's examples, without augmentation, under the model `[params]`."""
         return self.task.example_losses(model, *self.examples(client))
 
-    @property
+    @cached_property
     def one_by_one(self) -> bool:
         """True if the signals of several clients cannot be computed at once."""
         side = side_values_of(self.rules.method)
         own = self.needs_states or self.rules.examples is not None or (side is not None and side.given > 0)
         return own or isinstance(self.work, PoissonGradient | RecordSum) or self.task.kept_floats > 0
 
-    @property
+    @cached_property
     def needs_states(self) -> bool:
         """True if signals depend on clients' states."""
         return own_signal_of(self.rules.method) is not None

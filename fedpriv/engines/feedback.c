@@ -147,3 +147,18 @@ double feed_back(const struct round_parameters *round, const float *restrict sig
         *updated = round->number;
     return own;
 }
+
+/* add_bounded for `count` signals, the rows of a matrix; their norms or -1 go to `norms`. */
+void add_bounded_rows(const struct round_parameters *round, const float *signals, size_t count, double *norms) {
+    for (size_t k = 0; k < count; k++)
+        norms[k] = add_bounded(round, signals + k * round->size);
+}
+
+/* feed_back for `count` signals, the rows of a matrix; `updated` is null for none. */
+void feed_back_rows(const struct round_parameters *round, const float *signals, size_t count, float *const *memories,
+                    float *const *updated, double *norms) {
+    for (size_t k = 0; k < count; k++) {
+        const float *next = memories[k + 1 < count ? k + 1 : k];
+        norms[k] = feed_back(round, signals + k * round->size, memories[k], updated ? updated[k] : NULL, next);
+    }
+}

@@ -5,6 +5,7 @@ further pass of a tensor library adds the same cost again. The file `feedback.c`
 """
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -60,6 +61,7 @@ class FeedbackInC:
         )
         self._round = ctypes.addressof(self._parameters)
         self._feed_back, self._add_bounded = library.feed_back, library.add_bounded
+        self._feed_back_rows, self._add_bounded_rows = library.feed_back_rows, library.add_bounded_rows
 
     def feed_back(self, signal: int, memory: int, updated: int, following: int) -> float:
         """Add the message B(signal - kept memory) to the sum and update `memory` in place.
@@ -79,11 +81,34 @@ class FeedbackInC:
         """Add B(signal) to the sum; see `feed_back` for the returned value."""
         return self._add_bounded(self._round, signal)
 
+    def add_bounded_rows(self, signals: int, count: int) -> list[float]:
+        """Do the same for `count` signals, the rows of a contiguous matrix, and return their norms."""
+        norms = (ctypes.c_double * count)()
+        self._add_bounded_rows(self._round, signals, count, norms)
+        return list(norms)
+
+    def feed_back_rows(self, signals: int, memories: Sequence[int], updated: Sequence[int]) -> list[float]:
+        """Do the same as `feed_back` for several signals, the rows of a contiguous matrix, and return their norms.
+
+        Args:
+            signals: Address of the matrix.
+            memories: Addresses of the clients' memories, each another.
+            updated: See `feed_back`; empty for none.
+        """
+        count = len(memories)
+        norms, places = (ctypes.c_double * count)(), ctypes.c_void_p * count
+        times = places(*updated) if updated else None
+        self._feed_back_rows(self._round, signals, count, places(*memories), times, norms)
+        return list(norms)
+
 
 def _declare(library: ctypes.CDLL) -> None:
     address = ctypes.c_void_p
     library.feed_back.argtypes = [address] * 5
     library.add_bounded.argtypes = [address, address]
+    library.add_bounded_rows.argtypes = [address, address, ctypes.c_size_t, address]
+    library.feed_back_rows.argtypes = [address, address, ctypes.c_size_t, address, address, address]
+    library.feed_back_rows.restype = library.add_bounded_rows.restype = None
     library.feed_back.restype = library.add_bounded.restype = ctypes.c_double
 
 

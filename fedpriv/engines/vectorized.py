@@ -1,17 +1,20 @@
 """The vectorized engine: computes chunks of clients at once if that is faster, and client steps in C if possible."""
 
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedpriv.data.federation import Federation, Holders
+from fedpriv.data.mapped import rows_at
 from fedpriv.engines.base import Population, keep_freed_memory, one_thread
 from fedpriv.engines.in_place import ClientStep
 from fedpriv.engines.states import StateStore
 from fedpriv.methods import owns_steps
 from fedpriv.rounds import Broadcast, Total
-from fedpriv.tasks.local_work import Batches, LocalSGD, batches_of
+from fedpriv.tasks.local_work import Batches, LocalSGD, batches_of, draws_nothing
 from fedpriv.tasks.task import MAX_PIECE_FLOATS
 
 __all__ = ["VectorizedEngine"]
@@ -76,9 +79,8 @@ class VectorizedEngine:
     def _batch(self, step: ClientStep, model: Tensor, clients: list[int], broadcast: Broadcast) -> None:
         signals = self._signals(model, clients, broadcast.round, self._offsets(clients, broadcast))
         rows = self._rows_at_once(len(clients))
-        if rows == 1:
-            for signal, client, following in zip(signals, clients, [*clients[1:], None], strict=True):
-                step.take_alone(client, signal, self._states, following)
+        if rows == 1 or step.in_c:
+            step.take_many(clients, signals, self._states)
             return
         for start in range(0, len(clients), rows):
             few = clients[start : start + rows]
@@ -148,69 +150,110 @@ class VectorizedEngine:
 
     def _signals(self, model: Tensor, clients: list[int], round: int, offsets: Tensor | None = None) -> Tensor:
         people, self._round = self._population, round
-        rows = [people.federation.rows_of(client) for client in clients]
-        plans = [
-            batches_of(people.work, people.streams, len(r), round, c, partial(people.losses, c, model))
-            for c, r in zip(clients, rows, strict=True)
-        ]
+        sizes = people.federation.sizes[clients].tolist()
+        plans = self._plans(model, clients, sizes, round)
         if people.work.client_lr is None:
-            return people.task.gradients(model, *self._padded(clients, rows, [plan[0] for plan in plans]))
+            (step,) = self._steps(clients, sizes, [plan[:1] for plan in plans])
+            return people.task.gradients(model, *step[1])
         local = LocalSGD(people.work, model, offsets, people.rules.method.step_prox)
-        steps = [len(plan) for plan in plans]
-        for number in range(max(steps)):
-            at_work = model.new_tensor([number < count for count in steps]).unsqueeze(1)
-            chosen = {"clients": clients, "rows": rows, "plans": plans, "number": number}
-            local.step(partial(self._gradients, **chosen), at_work)
-        return local.signal(model.new_tensor(steps).unsqueeze(1))
+        for at_work, padded in self._steps(clients, sizes, plans):
+            if len(at_work) == len(plans):
+                local.step(partial(people.task.gradients, inputs=padded[0], labels=padded[1], weights=padded[2]))
+                continue
+            taking = model.new_zeros(len(plans), 1)
+            taking[at_work] = 1.0
+            local.step(partial(self._gradients, at_work=at_work, padded=padded), taking)
+        return local.signal(model.new_tensor([len(plan) for plan in plans]).unsqueeze(1))
 
-    def _gradients(
-        self, local: Tensor, clients: list[int], rows: list[np.ndarray], plans: list[Batches], number: int
-    ) -> Tensor:
-        """Return the gradients `[clients, params]` of step `number`; zero for clients that take fewer steps."""
-        task, at_work = self._population.task, [i for i, plan in enumerate(plans) if number < len(plan)]
-        if len(at_work) == len(plans):
-            return task.gradients(local, *self._padded(clients, rows, [plan[number] for plan in plans]))
-        padded = self._padded(
-            [clients[i] for i in at_work], [rows[i] for i in at_work], [plans[i][number] for i in at_work]
-        )
+    def _plans(self, model: Tensor, clients: list[int], sizes: list[int], round: int) -> list[Batches]:
+        """Return the batches of each client; clients of one size that draw nothing have the same."""
+        people = self._population
+        drawn = partial(batches_of, people.work, people.streams)
+        same = {size: drawn(size, round, 0) for size in set(sizes) if draws_nothing(people.work, size)}
+        return [
+            same[size] if size in same else drawn(size, round, client, partial(people.losses, client, model))
+            for client, size in zip(clients, sizes, strict=True)
+        ]
+
+    def _gradients(self, local: Tensor, at_work: list[int], padded: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Return the gradients `[clients, params]` of a step; zero for clients that take fewer steps."""
         gradients = torch.zeros_like(local)
-        gradients[at_work] = task.gradients(local[at_work], *padded)
+        gradients[at_work] = self._population.task.gradients(local[at_work], *padded)
         return gradients
 
-    def _padded(self, clients: list[int], rows: list[np.ndarray], batches: Batches) -> tuple[Tensor, Tensor, Tensor]:
-        """Return inputs `[clients, examples, ...]`, labels and weights of one step; cache those of whole clients."""
-        if any(batch is not None for batch in batches):
-            padded = self._gather([r if b is None else r[b] for r, b in zip(rows, batches, strict=True)])
-            return self._augmented(padded, clients, rows, batches)
-        key = tuple(clients)
-        padded = self._cache.get(key) or self._gather(rows)
+    def _steps(
+        self, clients: list[int], sizes: list[int], plans: list[Batches]
+    ) -> Iterator[tuple[list[int], tuple[Tensor, Tensor, Tensor]]]:
+        """Yield which clients take each step, and its inputs `[clients at work, examples, ...]`, labels and weights."""
+        whole: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor]] = {}
+        for number in range(max(len(plan) for plan in plans)):
+            at_work = [i for i, plan in enumerate(plans) if number < len(plan)]
+            batches = [plans[i][number] for i in at_work]
+            few, their_sizes = [clients[i] for i in at_work], [sizes[i] for i in at_work]
+            if any(batch is not None for batch in batches):
+                yield at_work, self._augmented(self._gather(few, their_sizes, batches), few, their_sizes, batches)
+                continue
+            key = tuple(few)
+            if key not in whole:
+                whole = {key: self._whole(key, few, their_sizes, batches)}
+            yield at_work, whole[key]
+
+    def _whole(
+        self, key: tuple[int, ...], clients: list[int], sizes: list[int], batches: Batches
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return inputs, labels and weights of all examples of the clients; keep them for the next round."""
+        padded = self._cache.get(key) or self._gather(clients, sizes, batches)
         self._cached_floats += padded[0].numel()
         if self._cached_floats <= _MAX_CACHE_FLOATS:
             self._next_cache[key] = padded
-        return self._augmented(padded, clients, rows, batches)
+        return self._augmented(padded, clients, sizes, batches)
 
     def _augmented(
-        self, padded: tuple[Tensor, Tensor, Tensor], clients: list[int], rows: list[np.ndarray], batches: Batches
+        self, padded: tuple[Tensor, Tensor, Tensor], clients: list[int], sizes: list[int], batches: Batches
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the padded inputs of one step with all examples augmented, but not the padding."""
         people, (inputs, labels, weights) = self._population, padded
         if people.augment is None:
             return padded
-        draws = [people.draws(len(r), self._round, c) for c, r in zip(clients, rows, strict=True)]
+        draws = [people.draws(n, self._round, c) for c, n in zip(clients, sizes, strict=True)]
         used = np.concatenate([d if b is None else d[b] for d, b in zip(draws, batches, strict=True)])
         real, changed = weights > 0, inputs.clone()
         changed[real] = people.augment.apply(inputs[real], used)
         return changed, labels, weights
 
-    def _gather(self, rows: list[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
-        longest = max(len(r) for r in rows)
-        index = np.zeros((len(rows), longest), dtype=np.int64)
-        weights = np.zeros((len(rows), longest), dtype=np.float32)
-        for i, r in enumerate(rows):
-            index[i, : len(r)] = r
-            index[i, len(r) :] = r[0] if len(r) else 0
-            weights[i, : len(r)] = 1.0 / max(len(r), 1)
-        at = torch.from_numpy(index).to(self._population.task.device)
-        inputs = self._population.inputs[at]
-        inputs[[i for i, r in enumerate(rows) if not len(r)]] = 0.0
-        return inputs, self._population.labels[at], torch.from_numpy(weights).to(at.device)
+    def _gather(self, clients: list[int], sizes: list[int], batches: Batches) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the clients' examples, padded to the longest batch: inputs, labels and weights."""
+        population = self._population
+        lengths = np.array([n if b is None else len(b) for n, b in zip(sizes, batches, strict=True)])
+        chosen, longest = _rows_of(population.federation, clients, sizes, lengths, batches), int(lengths.max())
+        if chosen.size == longest * len(lengths):
+            index = chosen.reshape(len(lengths), longest)
+            weights = np.full(index.shape, 1.0 / max(longest, 1), dtype=np.float32)
+        else:
+            used = np.arange(longest) < lengths[:, None]
+            ends = np.cumsum(lengths)
+            first = np.where(lengths > 0, chosen[np.minimum(ends - lengths, len(chosen) - 1)], 0)
+            index = np.repeat(first[:, None], longest, axis=1)
+            index[used] = chosen
+            weights = np.where(used, 1.0 / np.maximum(lengths, 1)[:, None], 0.0).astype(np.float32)
+        at = torch.from_numpy(index).to(population.task.device)
+        found = rows_at(population.inputs, at)
+        if not lengths.all():
+            found[torch.from_numpy(lengths == 0)] = 0.0
+        return found, population.labels[at], torch.from_numpy(weights).to(at.device)
+
+
+def _rows_of(
+    federation: Holders, clients: list[int], sizes: list[int], lengths: np.ndarray, batches: Batches
+) -> np.ndarray:
+    """Return the training rows of the batches of all clients, one after the other, int64 `[sum of lengths]`."""
+    if not isinstance(federation, Federation):
+        held = [federation.rows_of(client) for client in clients]
+        return np.concatenate([r if b is None else r[b] for r, b in zip(held, batches, strict=True)])
+    starts = federation.offsets[clients]
+    if all(batch is None for batch in batches):
+        within = np.arange(lengths.sum()) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    else:
+        places = [np.arange(n) if b is None else b for n, b in zip(sizes, batches, strict=True)]
+        within = np.concatenate(places) + np.repeat(starts, lengths)
+    return federation.rows[within]

@@ -82,6 +82,7 @@ __all__ = [
     "parse_config",
     "read_config_file",
     "read_config_text",
+    "read_tables",
     "with_bare_names",
     "with_whole_paths",
 ]
@@ -621,11 +622,16 @@ def load_config(source: Path | str | Table, settings: Sequence[str] = ()) -> Con
     Raises:
         UserError: If it is not a valid experiment.
     """
-    tables = dict(source) if isinstance(source, Mapping) else read_config_file(Path(source))
-    whole = with_whole_paths(apply_settings(tables, settings), Path.cwd())
+    whole = read_tables(source, settings)
     config = parse_config(standardized(whole))
     check_same_clients(whole, config.tables)
     return config
+
+
+def read_tables(source: Path | str | Table, settings: Sequence[str] = ()) -> dict[str, object]:
+    """Return the tables of an experiment with the settings applied, before they are checked; see `load_config`."""
+    tables = dict(source) if isinstance(source, Mapping) else read_config_file(Path(source))
+    return with_whole_paths(apply_settings(tables, settings), Path.cwd())
 
 
 def read_config_file(path: Path) -> dict[str, object]:

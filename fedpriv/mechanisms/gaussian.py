@@ -9,20 +9,22 @@ distribution.
 
 import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from statistics import NormalDist
+from typing import NamedTuple, cast
 
 import numpy as np
 
 from fedpriv.errors import UserError
 from fedpriv.mechanisms.tails import Tail
-from fedpriv.native import native_library
-from fedpriv.streams import Words
+from fedpriv.native import address_of, native_library
+from fedpriv.philox import philox_in_c
+from fedpriv.streams import PhiloxStart, SeededSource, Words
 
-__all__ = ["MAX_STDDEV", "MAX_STEPS", "MIN_STDDEV", "release_grid", "rounded_noise"]
+__all__ = ["MAX_STDDEV", "MAX_STEPS", "MIN_STDDEV", "noised", "noised_rows", "release_grid", "rounded_noise"]
 
 MIN_STDDEV, MAX_STDDEV = 2.0**-500, 2.0**500
 """Range of standard deviations in which grid, quotients and products are normal float64 numbers."""
@@ -40,6 +42,13 @@ _FRACTION = 52 - _SPLIT  # Bits of a float64's fraction that give its position i
 _MIDDLE = 1.0 + 2.0 ** -(_SPLIT + 1)  # The middle fraction of an interval, without the offset of its number.
 # Bound on the total error of a normal number computed from a uniform number's first 64 bits.
 _ERROR = 2.0**-34
+
+# The table of the quantile function in float32, for C: polynomials in equal intervals of the first 31 bits of a tail
+# probability. The first rows are left out: there the quantile function is too steep.
+_COARSE_WIDTH, _COARSE_SKIPPED, _COARSE_DEGREE = 21, 4, 3
+_COARSE_ERROR = 2.0**-16  # Bound on the total error of a normal number computed in float32 from 32 bits.
+_MAX_COARSE_RATIO = 2.0**10  # Above it, float32 decides too few numbers.
+_MIN_COARSE_GRID, _MAX_COARSE_GRID = 2.0**-60, 2.0**60  # In between, steps and releases are normal float32 numbers.
 
 
 def release_grid(stddev: float) -> float:
@@ -89,6 +98,107 @@ def rounded_noise(values: np.ndarray, stddev: float, source: Words, grid: float 
     return rounded
 
 
+def noised(values: np.ndarray, stddev: float, source: Words, grid: float | None = None) -> np.ndarray:
+    """Return the release, in the values' number format: `rounded_noise` times the grid; see `noised_rows`.
+
+    Args:
+        values: The protected values, float32 or float64 `[size]`.
+        stddev: See `rounded_noise`.
+        source: See `rounded_noise`.
+        grid: See `rounded_noise`.
+    """
+    return noised_rows(values[None], stddev, [source], grid)[0]
+
+
+def noised_rows(
+    values: np.ndarray,
+    stddev: float,
+    sources: Sequence[Words],
+    grid: float | None = None,
+    level: int = int(MAX_STEPS),
+) -> np.ndarray:
+    """Return the releases of several messages, in the values' number format, `[rows, size]`.
+
+    A release is `rounded_noise` times the grid, of at most `level` steps. The result is the same as row by row; the
+    words of seeded sources are made where they are used, if there is a C compiler.
+
+    Args:
+        values: The protected values, float32 or float64 `[rows, size]`.
+        stddev: See `rounded_noise`.
+        sources: Source of randomness of each row.
+        grid: See `rounded_noise`.
+        level: Largest absolute value of a release in grid steps; larger ones are clamped, after the noise.
+
+    Raises:
+        UserError: If the deviation or the grid is out of range.
+
+    Formal guarantees:
+        See `rounded_noise`. The product is rounded to the number format, which is post-processing.
+    """
+    stddev = float(stddev)
+    step = release_grid(stddev) if grid is None else _checked_grid(float(grid), stddev)
+    values, terms = np.ascontiguousarray(values), _Terms(stddev, step, min(level, int(MAX_STEPS)))
+    released, rounding = np.empty_like(values), _rounding()
+    in_c = rounding if isinstance(rounding, _RoundInC) and rounding.suits(values, terms) else None
+    starts = [_start(source, values.shape[1]) if in_c else None for source in sources]
+    if in_c is not None and None not in starts:
+        in_c.release_rows(values, terms, sources, cast(list[PhiloxStart], starts), released)
+        return released
+    for row, source, start, out in zip(values, sources, starts, released, strict=True):
+        if in_c is not None and start is not None:
+            in_c.release_rows(row[None], terms, [source], [start], out[None])
+        else:
+            _release_row(row, terms, source, in_c.release if in_c else _release, out)
+    return released
+
+
+def _start(source: Words, size: int) -> PhiloxStart | None:
+    """Skip a source's next words and return where they begin, if C can make them."""
+    return source.skipped(size) if isinstance(source, SeededSource) else None
+
+
+def _release_row(
+    values: np.ndarray, terms: "_Terms", source: Words, release: "_Releasing", released: np.ndarray
+) -> None:
+    for start in range(0, len(values), _BLOCK):
+        block, position = values[start : start + _BLOCK], source.position
+        words = source.words(len(block))
+        for index in release(words, block, terms, released[start : start + _BLOCK]):
+            released[start + index] = terms.exact(
+                float(block[index]), Tail(source, position + index, int(words[index]))
+            )
+
+
+class _Terms(NamedTuple):
+    """Deviation and grid of a release, and its largest number of steps."""
+
+    stddev: float
+    grid: float
+    level: int
+
+    def number(self, steps: np.ndarray) -> np.ndarray:
+        """Return the released numbers, float64, of numbers of steps, int64."""
+        return np.clip(steps, -self.level, self.level).astype(np.float64) * self.grid
+
+    def exact(self, value: float, number: Tail) -> float:
+        """Return the release of a value, decided with as many bits as it takes."""
+        rounded = _round_exactly(float(value), self.stddev, self.grid, number)
+        return float(self.number(np.array([rounded]))[0])
+
+
+_Releasing = Callable[[np.ndarray, np.ndarray, _Terms, np.ndarray], list[int]]
+"""Writes the releases of values, given words and terms, into the last array; returns the undecided positions."""
+
+
+def _release(words: np.ndarray, values: np.ndarray, terms: _Terms, released: np.ndarray) -> list[int]:
+    """Write the releases of one block that float64 can decide; return the positions of the others."""
+    rounded = np.empty(len(values), dtype=np.int64)
+    undecided = _rounding()(words, values.astype(np.float64), terms.stddev, terms.grid, rounded)
+    with np.errstate(over="ignore"):
+        released[:] = terms.number(rounded)
+    return undecided
+
+
 def _check_stddev(stddev: float) -> None:
     if not MIN_STDDEV <= stddev <= MAX_STDDEV:
         expected = f"a number from {MIN_STDDEV:.3g} to {MAX_STDDEV:.3g}"
@@ -116,11 +226,28 @@ def _rounding() -> _Rounding:
     if library is None:
         return _round_in_numpy
     in_c = _RoundInC(library)
-    words, values = np.random.Philox(0).random_raw(_BLOCK), np.linspace(-9.0, 9.0, _BLOCK)
-    found, expected = np.zeros((2, _BLOCK), dtype=np.int64)
-    # With this many grid steps per deviation, an error of a millionth is visible.
-    same = in_c(words, values, _MAX_RATIO, 1.0, found) == _round_in_numpy(words, values, _MAX_RATIO, 1.0, expected)
-    return in_c if same and np.array_equal(found, expected) else _round_in_numpy
+    return in_c if _agrees(in_c) else _round_in_numpy
+
+
+def _agrees(in_c: "_RoundInC") -> bool:
+    """Return True if C and numpy give equal results, where many grid steps to a deviation make small errors visible."""
+    words, values = np.random.Philox(0).random_raw(_BLOCK), np.linspace(-9.0, 9.0, _BLOCK).astype(np.float32)
+    for ratio in (_MAX_RATIO, _MAX_COARSE_RATIO):
+        found, expected = np.zeros((2, _BLOCK), dtype=np.int64)
+        exact, terms = values.astype(np.float64), _Terms(ratio, 1.0, 2000)
+        undecided = _round_in_numpy(words, exact, ratio, 1.0, expected)
+        if in_c(words, exact, ratio, 1.0, found) != undecided or not np.array_equal(found, expected):
+            return False
+        for given in (exact, values):
+            released = np.zeros_like(given)
+            if not in_c.suits(given, terms):
+                continue
+            if in_c.release(words, given, terms, released) != undecided:
+                return False
+            released[undecided] = terms.number(expected)[undecided]
+            if not np.array_equal(released, terms.number(expected)):
+                return False
+    return True
 
 
 def _round_in_numpy(
@@ -148,7 +275,7 @@ def _round_in_numpy(
     return np.flatnonzero(undecided).tolist()
 
 
-class _Release(ctypes.Structure):
+class _ReleaseInC(ctypes.Structure):
     """`struct release` of `gaussian.c`."""
 
     _fields_ = (
@@ -160,32 +287,101 @@ class _Release(ctypes.Structure):
         ("inverse", ctypes.c_double),
         ("ratio", ctypes.c_double),
         ("edge", ctypes.c_double),
+        ("coarse", ctypes.c_void_p),
+        ("width", ctypes.c_uint64),
+        ("skipped", ctypes.c_uint64),
+        ("coarse_edge", ctypes.c_double),
+        ("level", ctypes.c_double),
+        ("grid", ctypes.c_double),
     )
 
 
 class _RoundInC:
-    """The function of `gaussian.c`. See `_Rounding`."""
+    """The functions of `gaussian.c`. See `_Rounding`."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._round = library.round_noise
+        self._round, self._rows = library.round_noise, library.release_rows
+        self._floats, self._doubles = library.release_floats, library.release_doubles
         self._table = np.zeros((_quantiles().shape[1], 8))
         self._table[:, : _DEGREE + 1] = _quantiles().T
+        self._made: tuple[_Terms, _ReleaseInC] | None = None
 
     def __call__(
         self, words: np.ndarray, values: np.ndarray, stddev: float, grid: float, rounded: np.ndarray
     ) -> list[int]:
         """See `_Rounding`."""
-        ratio, table = stddev / grid, self._table.ctypes.data
-        release = _Release(table, _OCTAVES.start, _SPLIT, _MIDDLE, MAX_STEPS, 1.0 / grid, ratio, _edge(ratio))
+        return self._run(self._round, words, values, _Terms(stddev, grid, int(MAX_STEPS)), rounded)
+
+    def suits(self, values: np.ndarray, terms: _Terms) -> bool:
+        """Return True if `release` takes such values: float64, or float32 on a grid that suits its range."""
+        in_range = _MIN_COARSE_GRID <= terms.grid <= _MAX_COARSE_GRID and terms.stddev <= _MAX_COARSE_RATIO * terms.grid
+        return values.dtype == np.float64 or (values.dtype == np.float32 and in_range)
+
+    def release(self, words: np.ndarray, values: np.ndarray, terms: _Terms, released: np.ndarray) -> list[int]:
+        """Do the same as `_release`; the release has the values' number format."""
+        return self._run(self._floats if values.dtype == np.float32 else self._doubles, words, values, terms, released)
+
+    def release_rows(
+        self,
+        values: np.ndarray,
+        terms: _Terms,
+        sources: Sequence[Words],
+        starts: Sequence[PhiloxStart],
+        released: np.ndarray,
+    ) -> None:
+        """Write the releases of rows with words of these keys and positions; each source gives further bits."""
+        philox = philox_in_c()
+        if philox is None:
+            raise ValueError("words are made in C, which is not in use")
+        (rows, size), doubles = values.shape, int(values.dtype == np.float64)
+        streams = np.array([(*start.key, start.position) for start in starts], dtype=np.uint64)
+        undecided = np.empty(rows * size, dtype=np.int64)
+        from_, into, found = address_of(values), address_of(released), address_of(undecided)
+        made = self._terms(terms), philox.address, address_of(streams), rows, size, doubles
+        count = self._rows(*made, from_, into, found)
+        for index in undecided[:count].tolist() if count else ():
+            row, place = divmod(int(index), size)
+            position = starts[row].position + place
+            word = int(philox.words(starts[row].key, position, 1)[0])
+            released[row, place] = terms.exact(float(values[row, place]), Tail(sources[row], position, word))
+
+    def _run(
+        self, function: "_InC", words: np.ndarray, values: np.ndarray, terms: _Terms, out: np.ndarray
+    ) -> list[int]:
         undecided = np.empty(len(words), dtype=np.int64)
-        arrays = words.ctypes.data, values.ctypes.data, len(words), rounded.ctypes.data, undecided.ctypes.data
-        return undecided[: self._round(ctypes.byref(release), *arrays)].tolist()
+        from_, into, found = address_of(values), address_of(out), address_of(undecided)
+        count = function(self._terms(terms), address_of(words), from_, len(words), into, found)
+        return undecided[:count].tolist() if count else []
+
+    def _terms(self, terms: _Terms) -> _ReleaseInC:
+        made = self._made
+        if made is None or made[0] != terms:
+            made = self._made = (terms, self._make(terms))
+        return made[1]
+
+    def _make(self, terms: _Terms) -> _ReleaseInC:
+        ratio, grid = terms.stddev / terms.grid, terms.grid
+        fine = self._table.ctypes.data, _OCTAVES.start, _SPLIT, _MIDDLE, MAX_STEPS, 1.0 / grid, ratio, _edge(ratio)
+        edge = _coarse_edge(ratio) if ratio <= _MAX_COARSE_RATIO else 0.0
+        coarse = _coarse_quantiles().ctypes.data, _COARSE_WIDTH, _COARSE_SKIPPED, edge
+        return _ReleaseInC(*fine, *coarse, float(terms.level), grid)
+
+
+_InC = Callable[..., int]
 
 
 def _declare(library: ctypes.CDLL) -> None:
     address, size = ctypes.c_void_p, ctypes.c_size_t
-    library.round_noise.argtypes = [address, address, address, size, address, address]
-    library.round_noise.restype = size
+    for function in (library.round_noise, library.release_floats, library.release_doubles):
+        function.argtypes = [ctypes.POINTER(_ReleaseInC), address, address, size, address, address]
+        function.restype = size
+    library.release_rows.argtypes = [ctypes.POINTER(_ReleaseInC), address, address, *[size] * 3, *[address] * 3]
+    library.release_rows.restype = size
+
+
+def _coarse_edge(ratio: float) -> float:
+    """Return `_edge` for float32."""
+    return 0.5 - (_COARSE_ERROR * ratio + 2.0**-20)
 
 
 def _edge(ratio: float) -> float:
@@ -209,6 +405,24 @@ def _quantiles() -> np.ndarray:
     heights = np.reshape([-NormalDist().inv_cdf(tail) for tail in tails.tolist()], (-1, degree + 1))
     table = np.zeros((degree + 1, len(heights) + 1))
     table[:, :-1] = to_powers @ heights.T
+    table.setflags(write=False)
+    return table
+
+
+@cache
+def _coarse_quantiles() -> np.ndarray:
+    """Return polynomials for |z| given a tail's first 31 bits; float32 `[rows, 4]`.
+
+    Each row interpolates at Chebyshev points, in the integer offset from its middle. The tests prove that no error
+    exceeds `_COARSE_ERROR`, except in the first rows, which are not used.
+    """
+    count, half = _COARSE_DEGREE + 1, 2.0 ** (_COARSE_WIDTH - 1)
+    nodes = np.cos(np.pi * (np.arange(count) + 0.5) / count)
+    to_powers = np.linalg.inv(np.vander(nodes, increasing=True)) / half ** np.arange(count)[:, None]
+    middles = 2.0 * half * np.arange(2 ** (31 - _COARSE_WIDTH)) + half
+    tails = ((middles[:, None] + half * nodes + 0.5) * 2.0**-32).ravel()
+    heights = np.reshape([-NormalDist().inv_cdf(tail) for tail in tails.tolist()], (-1, count))
+    table = np.ascontiguousarray((heights @ to_powers.T).astype(np.float32))
     table.setflags(write=False)
     return table
 

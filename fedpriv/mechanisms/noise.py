@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.mechanisms.base import NoState
-from fedpriv.mechanisms.gaussian import release_grid, rounded_noise
+from fedpriv.mechanisms.gaussian import noised, noised_rows, release_grid
 from fedpriv.streams import Purpose, Streams
 
 __all__ = [
@@ -135,8 +135,9 @@ def release_message(
         round: The round, from 1.
         client: Id of the sender; each client has independent noise.
     """
-    address = (round, client)
-    return _released(streams, Purpose.CLIENT_NOISE, stddev, message, address, level=level).to(message)
+    if stddev == 0.0:
+        return message
+    return release_rows(streams, stddev, level, message.unsqueeze(0), round, (client,))[0]
 
 
 def release_rows(
@@ -148,8 +149,11 @@ def release_rows(
     clients: Sequence[int],
 ) -> Tensor:
     """Return `release_message` of each row of `[clients, params]`."""
-    rows = zip(messages, clients, strict=True)
-    return torch.stack([release_message(streams, stddev, level, row, round, client) for row, client in rows])
+    if stddev == 0.0:
+        return messages
+    sources = [streams.source(Purpose.CLIENT_NOISE, round, client) for client in clients]
+    released = noised_rows(_in_numpy(messages), stddev, sources, level=level)
+    return torch.as_tensor(released).to(messages)
 
 
 class StepNoise:
@@ -168,9 +172,8 @@ class StepNoise:
 
     def release(self, total: Tensor) -> Tensor:
         """Return the sum of a step's bounded gradients with its noise; float64 `[params]`, multiples of the grid."""
-        exact, grid = total.detach().cpu().double().numpy(), release_grid(self._stddev)
-        levels = rounded_noise(exact, self._stddev, self._source, grid)
-        return torch.as_tensor(levels.astype(np.float64) * grid, device=total.device)
+        exact = total.detach().cpu().double().numpy()
+        return torch.as_tensor(noised(exact, self._stddev, self._source), device=total.device)
 
 
 def _released(
@@ -180,11 +183,14 @@ def _released(
     values: Tensor,
     address: tuple[int, int],
     grid: float | None = None,
-    level: int = _MAX_LEVEL,
 ) -> Tensor:
     if stddev == 0.0:
         return values
     exact = values.detach().cpu().double().numpy()
-    grid = release_grid(stddev) if grid is None else grid
-    levels = rounded_noise(exact, stddev, streams.source(purpose, *address), grid)
-    return torch.as_tensor(np.clip(levels, -level, level).astype(np.float64) * grid)
+    return torch.as_tensor(noised(exact, stddev, streams.source(purpose, *address), grid))
+
+
+def _in_numpy(messages: Tensor) -> np.ndarray:
+    """Return messages as float32 if they are, otherwise as float64."""
+    exact = messages.detach().cpu()
+    return (exact if exact.dtype == torch.float32 else exact.double()).numpy()

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fedpriv.mechanisms.gaussian import rounded_noise
+from fedpriv.mechanisms.gaussian import noised_rows
 from fedpriv.streams import Purpose, Streams
 
 __all__ = ["HALF_MODULUS", "IntegerSums", "NoServerNoise", "Voids", "centered"]
@@ -61,19 +60,17 @@ class IntegerSums:
             round: The round or turn, from 1.
             client: Id of the sender; each client has independent noise.
         """
-        if stddev == 0.0:
-            return message.double()
-        exact = message.detach().cpu().double().numpy()
-        source = streams.source(Purpose.CLIENT_NOISE, round, client)
-        levels = rounded_noise(exact, stddev, source, self.grid)
-        return torch.as_tensor(levels.astype(np.float64) * self.grid, device=message.device)
+        return self.noised_rows(streams, stddev, message.unsqueeze(0), round, (client,))[0]
 
     def noised_rows(
         self, streams: Streams, stddev: float, messages: Tensor, round: int, clients: Sequence[int]
     ) -> Tensor:
         """Return `noised` of each row of `[clients, params]`."""
-        rows = zip(messages, clients, strict=True)
-        return torch.stack([self.noised(streams, stddev, row, round, client) for row, client in rows])
+        if stddev == 0.0:
+            return messages.double()
+        sources = [streams.source(Purpose.CLIENT_NOISE, round, client) for client in clients]
+        exact = messages.detach().cpu().double().numpy()
+        return torch.as_tensor(noised_rows(exact, stddev, sources, self.grid), device=messages.device)
 
     def total(self, sum_: Tensor) -> Tensor | None:
         """Return the sum modulo 2^32 steps, in the half-open range around zero; None if it is beyond the limit.

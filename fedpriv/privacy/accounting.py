@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fedpriv.errors import UserError
 from fedpriv.privacy.correlation import NoiseMatrix
-from fedpriv.privacy.gaussian import MAX_NOISE, MAX_SHIFT, gaussian_epsilon
+from fedpriv.privacy.gaussian import MAX_NOISE, MAX_SHIFT, exceeds_gaussian, gaussian_epsilon
 from fedpriv.privacy.losses import Composition, Half, Losses, losses_of_one_round
 from fedpriv.privacy.sampling import Sampling, gaussian_event
 from fedpriv.privacy.trust import Trust
@@ -283,16 +283,18 @@ def _tightest_bound(releases: Releases, noise_multiplier: float, rounds: int, ho
     sampling, delta = releases.sampling, releases.delta
     sampling.check_neighbors(releases.adjacency)
     shift = math.sqrt(releases.charged(rounds)) / noise_multiplier
-    whole = Bound(gaussian_epsilon(shift, delta), GAUSSIAN, False)
-    if whole.epsilon == 0.0 or not releases.pairs:
-        return whole
+    if not releases.pairs or exceeds_gaussian(0.0, shift, delta):
+        return Bound(gaussian_epsilon(shift, delta), GAUSSIAN, False)
     rounds, horizon = releases.turns(rounds), releases.turns(horizon)
     if rounds * sampling.hiding_prob <= delta:  # an upper bound on the probability that the client ever takes part
         return Bound(0.0, PLD, True)
     noise = min(noise_multiplier * releases.sensitivity / releases.column, MAX_HIDING_NOISE)
-    if noise * MAX_SHIFT < 1.0:
-        return whole
-    sampled = sampled_epsilon(releases.pairs, noise, rounds, delta, horizon)
+    sampled = math.inf
+    if noise * MAX_SHIFT >= 1.0:
+        sampled = sampled_epsilon(releases.pairs, noise, rounds, delta, horizon)
+        if not exceeds_gaussian(sampled, shift, delta):
+            return Bound(sampled, PLD, True)
+    whole = Bound(gaussian_epsilon(shift, delta), GAUSSIAN, False)
     return min([whole, Bound(sampled, PLD, True)], key=lambda bound: bound.epsilon)
 
 

@@ -13,7 +13,7 @@ import math
 import numpy as np
 from scipy.special import log_ndtr, ndtr, ndtri
 
-__all__ = ["MAX_NOISE", "MAX_SHIFT", "gaussian_delta", "gaussian_epsilon", "gaussian_tradeoff"]
+__all__ = ["MAX_NOISE", "MAX_SHIFT", "exceeds_gaussian", "gaussian_delta", "gaussian_epsilon", "gaussian_tradeoff"]
 
 MAX_SHIFT = 1e3
 """Largest sensitivity / std with a finite epsilon. Beyond it, epsilon exceeds 500,000 and counts as infinite."""
@@ -60,6 +60,11 @@ def gaussian_epsilon(shift: float, delta: float) -> float:
             break
         low, high = (low, middle) if gaussian_delta(middle, shift) <= target else (middle, high)
     return high
+
+
+def exceeds_gaussian(epsilon: float, shift: float, delta: float) -> bool:
+    """Return True if `epsilon` is at least `gaussian_epsilon`, found without a search."""
+    return shift <= MAX_SHIFT and (shift == 0.0 or gaussian_delta(epsilon, shift) <= delta * (1.0 - _SAFE))
 
 
 def gaussian_tradeoff(false_alarms: np.ndarray, shift: float) -> np.ndarray:

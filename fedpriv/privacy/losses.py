@@ -45,7 +45,7 @@ that wrap around or are cut off are bounded and added to delta.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +59,7 @@ _LOW_CUT = math.log(1e-20)
 _ALIASED = math.log(1e-18)
 """Log of the tilted mass beyond each end that may wrap around in a transform. It only adds to existing masses."""
 _THETAS = 2.0 ** np.arange(-8, 24, 0.5)
+_SPARE = _THETAS * np.log(_THETAS) - (1.0 + _THETAS) * np.log1p(_THETAS)
 _COARSER = 16
 _MAX_EXPONENT = 300.0
 
@@ -66,6 +67,8 @@ _MAX_TILTS = 5
 
 MAX_SUMS = 2**20
 """Maximum points of a transform, if a smaller tilt makes that possible."""
+_SHARED, _MAX_SHARED = 16, 2**16
+"""Rounds whose transforms are kept for other numbers of rounds, and the most points of one that is kept."""
 
 
 class Half(NamedTuple):
@@ -143,7 +146,16 @@ class Losses:
         return (self.lowest + np.arange(len(self.probs))) * self.interval
 
     def log_moment(self, theta: float) -> float:
-        """Return the log of the mean of exp(theta loss) over finite losses."""
+        """Return the log of the mean of exp(theta loss) over finite losses; computed once for each theta."""
+        if theta not in self._known_moments:
+            self._known_moments[theta] = self._log_moment(theta)
+        return self._known_moments[theta]
+
+    @cached_property
+    def _known_moments(self) -> dict[float, float]:
+        return {}
+
+    def _log_moment(self, theta: float) -> float:
         exponents = theta * self.values
         peak = float(exponents[-1] if theta > 0.0 else exponents[0])
         if abs(peak) < _MAX_EXPONENT:
@@ -274,8 +286,7 @@ class Composition:
         """
         if delta <= self.infinite:
             return math.inf, 1.0
-        spare = _THETAS * np.log(_THETAS) - (1.0 + _THETAS) * np.log1p(_THETAS)
-        found = (self.log_moments - math.log(delta - self.infinite) + spare) / _THETAS
+        found = (self.log_moments - math.log(delta - self.infinite) + _SPARE) / _THETAS
         best = int(np.argmin(found))
         return max(float(found[best]), 0.0), float(_THETAS[best])
 
@@ -302,56 +313,97 @@ class Composition:
             theta *= 0.9
             window = self._window(theta)
         size = _fast_size(window.last - window.first + 1)
-        logs, moved = np.zeros(size // 2 + 1, dtype=complex), 0.0
-        for (losses, count), masses in zip(self.parts, window.masses, strict=True):
-            away = masses.copy()
-            away[-losses.lowest] -= 1.0
-            moved += count * float(np.abs(away).sum())
-            logs += count * _log_one_plus(np.fft.rfft(_on_circle(away, losses.lowest, size)))
-        sums = np.roll(np.fft.irfft(np.exp(logs), size), -(window.first % size))
+        transform, moved = np.ones(1), 0.0
+        for losses, count in self.parts:
+            moved += count * _tilt(losses, theta).moved
+            transform = transform * _power(losses, theta, size, count)
+        sums = np.roll(np.fft.irfft(transform, size), -(window.first % size))
         blur = 128.0 * _UNIT * (1.0 + moved) * float(sums.max())
-        sums = np.maximum(sums, 0.0) + blur
-        values = (window.first + np.arange(size)) * self.interval
-        weights = sums * np.exp(np.minimum(-theta * (values - center), _MAX_EXPONENT))
         scale = window.moment - theta * center
         rounding = (scale + theta * center + math.log(blur / (self.interval * theta * (1.0 + theta))), theta)
-        return _Tilted(values, weights, center, scale, self.infinite + window.lost, rounding)
+        first = (window.first, self.interval)
+        return _Tilted(sums, blur, first, center, scale, self.infinite + window.lost, rounding)
 
     def _window(self, theta: float) -> "_Window":
         """Return the range of sums that matter under a tilt; the mass beyond it is negligible (Chernoff)."""
-        tilted = [losses.tilted(theta) for losses, _ in self.parts]
-        moment = sum(count * log for (_, log), (_, count) in zip(tilted, self.parts, strict=True))
-        variances = [losses.variance(masses) for (losses, _), (masses, _) in zip(self.parts, tilted, strict=True)]
-        variance = sum(count * one for one, (_, count) in zip(variances, self.parts, strict=True))
+        tilts = [_tilt(losses, theta) for losses, _ in self.parts]
+        moment = sum(count * tilt.moment for tilt, (_, count) in zip(tilts, self.parts, strict=True))
+        variance = sum(count * tilt.variance for tilt, (_, count) in zip(tilts, self.parts, strict=True))
         spread = max(math.sqrt(variance), self.interval)
 
         def end(sign: int) -> int:
             ends = [losses.lowest + (sign > 0) * (len(losses.probs) - 1) for losses, _ in self.parts]
             longest = max(abs(place) for place in ends) * self.interval
+            # Powers of two, so that other numbers of rounds need the same moments.
+            low, high = math.frexp(0.1 / max(spread, longest))[1] - 1, math.frexp(50.0 / spread)[1]
             beyond = _minimum(
                 lambda step: (self._log_moment(theta + sign * step) - moment - _ALIASED) / step,
-                0.1 / max(spread, longest),
-                50.0 / spread,
+                math.ldexp(1.0, low),
+                math.ldexp(1.0, high),
             )
             most = sum(count * place for place, (_, count) in zip(ends, self.parts, strict=True))
             return sign * min(math.ceil(beyond / self.interval), sign * most)
 
         first, last = end(-1), end(1)
         lost = math.exp(min(moment + _ALIASED - theta * last * self.interval, 0.0))
-        return _Window(first, last, lost, moment, [masses for masses, _ in tilted])
+        return _Window(first, last, lost, moment)
 
     def _log_moment(self, theta: float) -> float:
         return sum(count * losses.log_moment(theta) for losses, count in self.parts)
 
 
 class _Window(NamedTuple):
-    """Range of a tilted sum: numbers of its smallest and largest loss, delta lost beyond, log moment, tilted masses."""
+    """Range of a tilted sum: numbers of its smallest and largest loss, delta lost beyond, and log moment."""
 
     first: int
     last: int
     lost: float
     moment: float
-    masses: list[np.ndarray]
+
+
+class _Tilt(NamedTuple):
+    """One round's losses under a tilt: masses, log of their divisor, variance, and mass away from loss 0, twice."""
+
+    masses: np.ndarray
+    moment: float
+    variance: float
+    moved: float
+
+
+# Numbers of rounds that are asked one after the other mostly share tilt and size.
+@lru_cache(maxsize=8)
+def _tilt(losses: Losses, theta: float) -> _Tilt:
+    masses, moment = losses.tilted(theta)
+    return _Tilt(masses, moment, losses.variance(masses), float(np.abs(_away(losses, masses)).sum()))
+
+
+@lru_cache(maxsize=8)
+def _log_transform(losses: Losses, theta: float, size: int) -> np.ndarray:
+    """Return the log of the transform of one round's tilted losses on a circle, complex `[size // 2 + 1]`."""
+    away = _away(losses, _tilt(losses, theta).masses)
+    logs = _log_one_plus(np.fft.rfft(_on_circle(away, losses.lowest, size)))
+    logs.setflags(write=False)
+    return logs
+
+
+def _power(losses: Losses, theta: float, size: int, count: int) -> np.ndarray:
+    """Return the transform of `count` rounds: a product of two that are kept for others, if small."""
+    if size > _MAX_SHARED:
+        return np.exp(count * _log_transform(losses, theta, size))
+    rest = count % _SHARED
+    return _shared_power(losses, theta, size, count - rest) * _shared_power(losses, theta, size, rest)
+
+
+@lru_cache(maxsize=3 * _SHARED)
+def _shared_power(losses: Losses, theta: float, size: int, count: int) -> np.ndarray:
+    return np.exp(count * _log_transform(losses, theta, size))
+
+
+def _away(losses: Losses, masses: np.ndarray) -> np.ndarray:
+    """Return the masses without those of a loss that is 0 for certain."""
+    away = masses.copy()
+    away[-losses.lowest] -= 1.0
+    return away
 
 
 def _minimum(function: Callable[[float], float], low: float, high: float) -> float:
@@ -396,52 +448,76 @@ def _on_circle(masses: np.ndarray, lowest: int, size: int) -> np.ndarray:
 
 
 class _Tilted(NamedTuple):
-    """The sum's masses near one loss: `weights` times exp(`scale`), with the factor exp(theta (center - loss)) removed.
+    """The tilted sum's masses, and how masses of the sum follow from them near one loss.
 
     Args:
-        values: Sums of losses, ascending.
-        weights: See above.
-        center: The loss at which weights equal those of the tilted sum.
-        scale: Log of the common factor.
+        sums: Masses of the tilted sum by loss, ascending, with errors of rounding.
+        blur: Bound on these errors.
+        grid: Number of the first loss, and distance between losses.
+        center: The loss at which weights equal the masses of the tilted sum.
+        scale: Log of the common factor: the sum's masses are weights times exp(`scale`).
         infinite: Mass that counts at every epsilon.
-        blur: Log of the delta that rounding may have added at epsilon 0, and its rate of decrease with epsilon.
+        lifted: Log of the delta that rounding may add at epsilon 0, and its rate of decrease with epsilon, theta.
     """
 
-    values: np.ndarray
-    weights: np.ndarray
+    sums: np.ndarray
+    blur: float
+    grid: tuple[int, float]
     center: float
     scale: float
     infinite: float
-    blur: tuple[float, float]
+    lifted: tuple[float, float]
 
     def rounding(self, epsilon: float) -> float:
         """Return the maximum part of delta at `epsilon` that is due to rounding."""
-        return math.exp(min(self.blur[0] - self.blur[1] * epsilon, 0.0))
+        return math.exp(min(self.lifted[0] - self.lifted[1] * epsilon, 0.0))
 
     def epsilon(self, delta: float) -> float:
-        """Return the smallest epsilon at `delta`, never below the first of `values`."""
+        """Return the smallest epsilon at `delta`, never below the first loss."""
         if delta <= self.infinite:
             return math.inf
         target = math.exp(min(math.log(delta - self.infinite) - self.scale, _MAX_EXPONENT))
-        upper, lower = self._masses()
-        factors = np.exp(np.minimum(self.values - self.center, _MAX_EXPONENT))
+        first, interval = self.grid
+        near = min(max(math.floor(0.75 * self.center / interval) - first, 0), len(self.sums) - 1)
+        found = self._epsilon_from(near, target) if near > 0 else None
+        return self._epsilon_from(0, target) or 0.0 if found is None else found
+
+    def _epsilon_from(self, start: int, target: float) -> float | None:
+        """Return the smallest epsilon among the losses from number `start` on; None if an earlier one may suffice."""
+        values, factors, upper, lower = self._masses(start)
         reached = upper[1:] - factors * lower[1:] <= target
         first = int(np.argmax(reached))
         if not reached[first]:
             return math.inf
         if first == 0:
-            return max(float(self.values[0]), 0.0)
+            return None if start > 0 else max(float(values[0]), 0.0)
         found = self.center + math.log(max(upper[first] - target, 5e-324) / lower[first])
-        return max(min(found, float(self.values[first])), 0.0)
+        return max(min(found, float(values[first])), 0.0)
 
     def delta(self, epsilon: float) -> float:
         """Return the delta at `epsilon`."""
-        upper, lower = self._masses()
-        first = int(np.searchsorted(self.values, epsilon, side="right"))
+        values, _, upper, lower = self._masses(0)
+        first = int(np.searchsorted(values, epsilon, side="right"))
         found = upper[first] - math.exp(epsilon - self.center) * lower[first]
         return min(self.infinite + math.exp(self.scale) * max(found, 0.0), 1.0)
 
-    def _masses(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the masses of sums from each of `values` on, under both distributions; the last entry is 0."""
-        other = self.weights * np.exp(np.minimum(self.center - self.values, _MAX_EXPONENT))
-        return tuple(np.append(np.cumsum(m[::-1])[::-1], 0.0) for m in (self.weights, other))  # type: ignore[return-value]
+    def _masses(self, start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return losses from number `start` on, their ratios of masses over that at the center, and sums of masses.
+
+        The sums are of the masses from each loss on under both distributions, followed by 0.
+        """
+        first, interval = self.grid
+        values = (first + np.arange(start, len(self.sums))) * interval
+        factors = np.exp(np.minimum(values - self.center, _MAX_EXPONENT))
+        weights = np.maximum(self.sums[start:], 0.0)
+        weights += self.blur
+        weights *= np.exp(np.minimum(-self.lifted[1] * (values - self.center), _MAX_EXPONENT))
+        other = weights / np.maximum(factors, math.exp(-_MAX_EXPONENT))
+        return values, factors, _from_each_on(weights), _from_each_on(other)
+
+
+def _from_each_on(masses: np.ndarray) -> np.ndarray:
+    """Return the sum of the masses from each on, and 0."""
+    sums = np.zeros(len(masses) + 1)
+    np.cumsum(masses[::-1], out=sums[-2::-1])
+    return sums

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fedpriv.errors import UserError
 from fedpriv.privacy import Adjacency, Everyone, PrivacyPlan, TrustName, UnitName
+from fedpriv.privacy.reports import LocalReports
 from fedpriv.report.spent_runs import Run, finite, read_run
 from fedpriv.report.spent_tuning import with_tunings
 from fedpriv.tables import Record
@@ -130,7 +131,7 @@ def _grouped(runs: Sequence[Run]) -> list[Group]:
     return groups
 
 
-def _promise_of(plan: PrivacyPlan) -> tuple[TrustName, Adjacency, UnitName]:
+def _promise_of(plan: PrivacyPlan | LocalReports) -> tuple[TrustName, Adjacency, UnitName]:
     return plan.trust, plan.adjacency, plan.unit
 
 

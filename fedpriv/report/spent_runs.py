@@ -14,6 +14,7 @@ from fedpriv.experiment.config import NOISE_TABLES, with_bare_names
 from fedpriv.experiment.run_directory import RunDirectory, flat_tables
 from fedpriv.plugins import bare_reference
 from fedpriv.privacy import PrivacyPlan, read_plan
+from fedpriv.privacy.reports import MECHANISM, LocalReports
 from fedpriv.sweeps.files import STOPPED
 from fedpriv.tables import Record
 
@@ -36,7 +37,7 @@ class Run:
         state: finished, stopped (by a rule) or unfinished.
         rounds: Number of rounds that released something.
         planned: Number of rounds of the experiment.
-        plan: The privacy plan; None if there is no guarantee.
+        plan: The privacy plan, or the promise of randomized reports; None if there is no guarantee.
         noise: Identifies the noise, if it comes from the seed; None if it comes from the operating system.
         scores: Test losses by round, to detect copies of runs.
         draw: Identifies a trial of a tuning; None for other runs.
@@ -48,11 +49,16 @@ class Run:
     state: State
     rounds: int
     planned: int
-    plan: PrivacyPlan | None
+    plan: PrivacyPlan | LocalReports | None
     noise: str | None
     scores: dict[int, float]
     draw: int | None = None
     note: str = ""
+
+    @property
+    def training_plan(self) -> PrivacyPlan | None:
+        """The privacy plan of a training; None without one, and for randomized reports."""
+        return None if isinstance(self.plan, LocalReports) else self.plan
 
     @property
     def parts(self) -> "tuple[Run, ...]":
@@ -106,7 +112,7 @@ def read_run(path: Path, root: Path) -> Run:
     state = _state(directory)
     rows = directory.rows("rounds.jsonl")
     record = directory.read_json("privacy.json")
-    plan = None if record is None else read_plan(record, str(directory.file("privacy.json")))
+    plan = None if record is None else _promise(record, str(directory.file("privacy.json")))
     rounds = planned if state == "finished" else min(_released(directory, rows), planned)
     if deployed and state != "finished" and plan is not None and not plan.trust_rules.trusts_server:
         rounds = min(rounds + 1, planned)  # messages of the open turn may have left the clients
@@ -124,6 +130,12 @@ def read_run(path: Path, root: Path) -> Run:
         scores={row["round"]: row["test_loss"] for row in rows if row["round"] and row.get("test_loss") is not None},
         draw=config.get("privacy", {}).get("draw"),
     )
+
+
+def _promise(record: Record, where: str) -> PrivacyPlan | LocalReports | None:
+    if record.get("mechanism") == MECHANISM:
+        return LocalReports.read(record, where)
+    return read_plan(record, where)
 
 
 def clients_of(config: Record, *, deployed: bool) -> dict[str, object]:

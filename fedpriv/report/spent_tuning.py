@@ -164,7 +164,7 @@ def _check_drawn(trials: Mapping[str, Run], selected: str | None, drawn: object)
 def _common_plan(trials: Mapping[str, Run]) -> PrivacyPlan:
     """Return the plan of every trial, except for its bound."""
     begun = [run for run in trials.values() if run.plan is not None or run.rounds > 0]
-    plans = [None if run.plan is None else but_for_bound(run.plan) for run in begun]
+    plans = [None if run.training_plan is None else but_for_bound(run.training_plan) for run in begun]
     if not plans or any(plan is None or plan != plans[0] for plan in plans):
         raise _Misfit("their guarantees differ")
     first = next(iter(trials.values()))
@@ -181,15 +181,16 @@ def _one_by_one(folder: RunDirectory, name: str, trials: Mapping[str, Run], chos
     multiplier: Any = chosen.get("score_noise_multiplier")
     if kept is not None:
         multiplier = kept.get("noise_multiplier") if isinstance(kept, dict) else repr(kept)
-    first = next((run for run in runs if run.plan is not None), None)
-    if multiplier is None or first is None or first.plan is None:
+    first = next((run for run in runs if run.training_plan is not None), None)
+    if multiplier is None or first is None or first.training_plan is None:
         return runs
     try:
         noise = ScoreNoise(multiplier=multiplier)
     except (UserError, TypeError):
         file, remedy = folder.file(CHOSEN if kept is None else SCORES), "Restore the file, or move the tuning away"
         raise UserError(str(file), "the noise multiplier of scores", repr(multiplier), remedy) from None
-    everyone = Everyone(first.plan.sampling.population)
+    plan = first.training_plan
+    everyone = Everyone(plan.sampling.population)
     scores = Run(
         name=f"{name}/{SCORES}",
         clients=first.clients,
@@ -197,12 +198,12 @@ def _one_by_one(folder: RunDirectory, name: str, trials: Mapping[str, Run], chos
         rounds=sum(run.state == "finished" for run in runs),
         planned=len(runs),
         plan=replace(
-            first.plan,
+            plan,
             sampling=everyone,
             rounds=len(runs),
             l2_bound=ScoreNoise.SENSITIVITY,
             noise_multiplier=noise.multiplier,
-            record=None if first.plan.record is None else _OF_SCORES,
+            record=None if plan.record is None else _OF_SCORES,
         ),
         noise=None,
         scores={},

@@ -140,7 +140,7 @@ class DenseLayers:
         start, lead = 0, vectors.shape[:-1]
         for shape in self.shapes:
             middle = start + prod(shape)
-            yield vectors[..., start:middle].unflatten(-1, shape), vectors[..., middle : middle + shape[0]]
+            yield vectors[..., start:middle].view(*lead, *shape), vectors[..., middle : middle + shape[0]]
             start = middle + shape[0]
         if start != vectors.shape[-1]:
             raise ValueError(f"vectors {list(lead)} + [{start}] expected, {list(vectors.shape)} given")

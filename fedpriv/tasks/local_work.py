@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedpriv.bounding import Clip, row_norms
 from fedpriv.checks import positive_int, require_representable
+from fedpriv.data.mapped import rows_at
 from fedpriv.errors import UserError
 from fedpriv.mechanisms.noise import StepNoise
 from fedpriv.plugins import Registry
@@ -252,8 +253,12 @@ class LocalEpochs:
             return [None] * self.epochs
         fixed = np.arange(examples)
         drawn = self.order == "reshuffled"
-        orders = (rng.permutation(examples) if drawn else fixed for _ in range(self.epochs))
-        return [np.sort(order[start : start + size]) for order in orders for start in range(0, examples, size)]
+        orders = np.stack([rng.permutation(examples) if drawn else fixed for _ in range(self.epochs)])
+        even = examples // size * size
+        pieces = np.sort(orders[:, :even].reshape(self.epochs, -1, size), axis=2)
+        if even == examples:
+            return list(pieces.reshape(-1, size))
+        return [batch for order, pass_ in zip(orders, pieces, strict=True) for batch in (*pass_, np.sort(order[even:]))]
 
     def by_loss(self, losses: np.ndarray, round: int) -> Batches:
         """Return the batches of all passes with `order = "by-loss"`, from the losses `[examples]` of the examples."""
@@ -392,12 +397,19 @@ def batches_of(
         return work.by_loss(losses().double().cpu().numpy(), round)
     if isinstance(work, _PoissonBatches):
         return work.drawn(examples, streams.source(Purpose.LOCAL_WORK, round, client).uniform)
-    if work.batch_size is None or work.batch_size >= examples:
+    if draws_nothing(work, examples):
         return work.batches(examples, _UNUSED)
     source = streams.source(Purpose.LOCAL_WORK, round, client)
     if not isinstance(source, SeededSource):
         raise ValueError(f"{work} draws its batches from a seed")
     return work.batches(examples, source.rng)
+
+
+def draws_nothing(work: LocalWork, examples: int) -> bool:
+    """Return True if the batches of a client depend on its number of examples alone, in all rounds."""
+    if isinstance(work, _PoissonBatches) or (isinstance(work, LocalEpochs) and work.order == "by-loss"):
+        return False
+    return work.batch_size is None or work.batch_size >= examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -430,7 +442,8 @@ class LocalSGD:
         prox: Added to the `prox` of the local work.
 
     Attributes:
-        model: The local model `[params]`; `[clients, params]` for several clients after the first step.
+        model: The local model `[params]`; `[clients, params]` for several clients after the first step. Further steps
+            change it in place.
     """
 
     def __init__(self, work: LocalWork, start: Tensor, offset: Tensor | None = None, prox: float = 0.0) -> None:
@@ -443,6 +456,7 @@ class LocalSGD:
         self._offset = offset
         self._start = self.model = start
         self._sum: Tensor | None = None
+        self._way: Tensor | None = None  # the last step, in memory that the next one overwrites
 
     def step(self, gradient_at: Callable[[Tensor], Tensor], at_work: Tensor | None = None) -> None:
         """Take a step against the gradient.
@@ -462,9 +476,13 @@ class LocalSGD:
         direction = gradient
         if self._offset is not None:
             direction = gradient + (self._offset if at_work is None else self._offset * at_work)
-        self.model = self.model - self._lr * direction
+        if self._way is None:
+            self._way = self._lr * direction
+            self.model = self.model - self._way
+        else:
+            self.model.sub_(torch.mul(direction, self._lr, out=self._way))
         if self._kind != "pseudo-gradient":
-            self._sum = gradient if self._sum is None else self._sum + gradient
+            self._sum = gradient.clone() if self._sum is None else self._sum.add_(gradient)
 
     def signal(self, steps: Tensor | int) -> Tensor:
         """Return the signal after `steps` steps: a number, or `[clients, 1]` for several clients.
@@ -596,7 +614,10 @@ def _directions(gradients: Tensor) -> Tensor:
 
 
 def _select(inputs: Tensor, labels: Tensor, batch: np.ndarray | None) -> tuple[Tensor, Tensor]:
-    return (inputs, labels) if batch is None else (inputs[batch], labels[batch])
+    if batch is None:
+        return inputs, labels
+    at = torch.from_numpy(batch).to(inputs.device)
+    return rows_at(inputs, at), labels[at]
 
 
 def _draw(examples: int, size: int | None, rng: np.random.Generator) -> np.ndarray | None:

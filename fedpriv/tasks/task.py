@@ -1,6 +1,7 @@
 """The learning task: a module as a function of one flat vector, and its losses on labeled examples."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial, reduce
 from math import prod
@@ -30,6 +31,9 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 # Most floats of inputs that go through the module at once. Activations are many times larger, so full gradients of
 # thousands of images are summed piece by piece. The pieces affect rounding; they are the same in every engine.
 MAX_PIECE_FLOATS = 2**22
+# Most floats of one layer's outputs in an evaluation: 32 MB. The C library clears larger blocks anew for every use, and
+# they do not fit a processor's cache.
+_MAX_OUTPUT_FLOATS = 8_000_000
 
 
 class Task:
@@ -63,6 +67,7 @@ class Task:
         self._parameters = list(parameters.values())
         self._initial = self.layout.flatten(parameters).detach().cpu().clone()
         self._loaded: Tensor | None = None
+        self._widths: dict[tuple[int, ...], int] = {}
         self._channels_last = channels_last
         self._precision: Precision = precision
         losses = None if self.kind.plain else self.kind.losses
@@ -179,6 +184,8 @@ class Task:
             weights: `[clients, examples]`; zero for padding.
         """
         if self.dense is not None:
+            if inputs.numel() <= MAX_PIECE_FLOATS:
+                return self.dense.gradients(models, inputs, labels, weights)
             pieces = _pieces(_width(inputs, 2) * len(inputs), inputs, labels, weights, dim=1)
             return reduce(torch.add, (self.dense.gradients(models, x, y, w) for x, y, w in pieces))
         by_client = 0 if models.dim() == 2 else None
@@ -265,13 +272,15 @@ class Task:
     def evaluate(self, model: Tensor, inputs: Tensor, labels: Tensor) -> dict[str, float]:
         """Return the mean `loss` and the metrics, by name, of the model `[params]` on labeled examples.
 
-        For classification, these are `accuracy` (0 to 1) and `loss` (nats).
+        For classification, these are `accuracy` (0 to 1) and `loss` (nats). On a CPU, convolutions of torch and fedpriv
+        take images with channels innermost here, also without `channels_last`: it is faster, and logits are equal up
+        to rounding. Other modules may contain views that need the usual order.
         """
         loss, meters = 0.0, {metric.name: meter_of(metric, self.kind) for metric in self.kind.measured}
         self._load(model.to(self.device))
         with torch.no_grad():
-            for x, y in _pieces(_width(inputs, 1), inputs, labels):
-                outputs = self._forward(x.to(self.device))
+            for x, y in _pieces(self._evaluation_width(inputs), inputs, labels):
+                outputs = self._forward(self._for_evaluation(x.to(self.device))).contiguous()
                 y = y.to(self.device)
                 if self.kind.plain:
                     loss += float(F.cross_entropy(outputs, y, reduction="sum").double())
@@ -280,6 +289,44 @@ class Task:
                 for meter in meters.values():
                     meter.update(outputs, y)
         return {**{name: meter.value() for name, meter in meters.items()}, "loss": loss / len(labels)}
+
+    @cached_property
+    def _takes_channels_last(self) -> bool:
+        known = all(
+            type(layer).__module__.partition(".")[0] in ("torch", "fedpriv") for layer in self._module.modules()
+        )
+        return known and any(isinstance(layer, nn.Conv2d) for layer in self._module.modules())
+
+    def _for_evaluation(self, inputs: Tensor) -> Tensor:
+        if inputs.dim() != 4 or self.device.type != "cpu" or not self._takes_channels_last:
+            return inputs
+        # A copy: with one channel, `contiguous` would keep the strides by which torch chooses its kernels.
+        return torch.empty(inputs.shape, dtype=inputs.dtype, memory_format=torch.channels_last).copy_(inputs)
+
+    def _evaluation_width(self, inputs: Tensor) -> int:
+        """Return the floats of one example that `_pieces` should count in an evaluation; call it without gradients."""
+        width, shape = _width(inputs, 1), tuple(inputs.shape[1:])
+        if shape not in self._widths:
+            few = torch.zeros((2, *shape), dtype=inputs.dtype, device=self.device)
+            self._widths[shape] = _widest_output(self._module, partial(self._forward, few)) // len(few)
+        return max(width, math.ceil(self._widths[shape] * (MAX_PIECE_FLOATS / _MAX_OUTPUT_FLOATS)))
+
+
+def _widest_output(module: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Return the number of elements of the largest output of a layer."""
+    found = [0]
+
+    def count(_: nn.Module, __: object, output: object) -> None:
+        if isinstance(output, Tensor):
+            found.append(output.numel())
+
+    hooks = [layer.register_forward_hook(count) for layer in module.modules()]
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(found)
 
 
 def _width(inputs: Tensor, lead: int) -> int:

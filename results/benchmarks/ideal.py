@@ -29,7 +29,9 @@ class Worker:
         self._module = job.workload.module()
         self._parameters = list(self._module.parameters())
         self._constant = torch.full_like(model, CONSTANT)
-        parts = model.split([parameter.numel() for parameter in self._parameters])
+        self._model = model
+        self._local = model.clone() if job.workload.steps else model
+        parts = self._local.split([parameter.numel() for parameter in self._parameters])
         for parameter, part in zip(self._parameters, parts, strict=True):
             parameter.data = part.view_as(parameter)
 
@@ -37,15 +39,26 @@ class Worker:
         """Write the sum over `clients` into `total` `[params]`."""
         total.zero_()
         for client in clients:
-            gradient = self._gradient(client) if self._work.computes else self._constant
+            gradient = self._signal(client) if self._work.computes else self._constant
             norm = float(torch.linalg.vector_norm(gradient))
             total.add_(gradient, alpha=min(1.0, CLIP_NORM / norm) if norm > 0.0 else 0.0)
             if self._work.local and self._work.noise_stddev:
                 total.add_(torch.randn_like(total), alpha=self._work.noise_stddev)
 
-    def _gradient(self, client: int) -> Tensor:
-        loss = cross_entropy(self._module(self._inputs[client]), self._labels[client])
-        return torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, self._parameters)])
+    def _signal(self, client: int) -> Tensor:
+        """Return the client's gradient, or the way that it walks."""
+        inputs, labels = self._inputs[client], self._labels[client]
+        if not self._work.steps:
+            return torch.cat([part.reshape(-1) for part in self._gradients(inputs, labels)])
+        self._local.copy_(self._model)
+        for batch in self._work.batches():
+            gradients = self._gradients(inputs[batch], labels[batch])
+            for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                parameter.data.sub_(gradient, alpha=self._work.client_lr)
+        return self._model - self._local
+
+    def _gradients(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(cross_entropy(self._module(inputs), labels), self._parameters)
 
 
 class Ideal:

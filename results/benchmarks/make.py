@@ -31,6 +31,9 @@ from setup import RIVALS, interpreter, is_installed
 
 HERE = Path(__file__).parent
 CENTRAL = ("cnn62k", "cnn1m", "mlp", "softmax", "noop62k", "noop1m")
+WALKS = ("cnn62k-epochs", "mlp-epochs", "mlp-steps")
+EXPERT = ("cnn62k", "cnn1m", "mlp", "softmax", "softmax60k", *WALKS)
+OWN = ("softmax60k", *WALKS)
 LOCAL = ("cnn62k-local", "cnn1m-local", "mlp-local", "noop1m-local")
 CNN = ("cnn62k", "cnn1m")
 QUICK = ("cnn62k", "mlp", "noop62k")
@@ -78,12 +81,13 @@ def rival(name: str, workers: Sequence[int]) -> Contender:
     return Contender(name=name, command=(str(interpreter(name)), str(script)), workers=tuple(workers), reason=reason)
 
 
-IDEAL = Contender(name="ideal", command=(sys.executable, str(HERE / "ideal.py")), workloads=CENTRAL + LOCAL)
+IDEAL = Contender(name="ideal", command=(sys.executable, str(HERE / "ideal.py")), workloads=CENTRAL + LOCAL + EXPERT)
 
 # An engine or an option of fedpriv is one line.
 OURS = (
+    Contender(name="expert", command=(sys.executable, str(HERE / "expert.py")), workers=(1,), workloads=EXPERT),
     ours("fedpriv loop", "loop", CENTRAL),
-    ours("fedpriv vectorized", "vectorized", CENTRAL),
+    ours("fedpriv vectorized", "vectorized", (*CENTRAL, "softmax60k", *WALKS)),
     ours("fedpriv auto", "auto", CENTRAL),
     ours("fedpriv auto, channels last", "auto", CNN, channels_last=True),
     ours("fedpriv auto, bfloat16", "auto", CNN, channels_last=True, precision="bfloat16"),
@@ -325,7 +329,7 @@ def _cell(row: Row | None) -> str:
 def summary(rows: Sequence[Row]) -> str:
     """Return the medians side by side, for the page: a table for each number of workers, then why cells are empty."""
     parts = [f"{made_by(rows)} Ranges and milliseconds: `speed.md`, `speed.csv`.\n"]
-    for workers, group in ((1, CENTRAL), (2, CENTRAL), (1, LOCAL), (2, LOCAL)):
+    for workers, group in ((1, CENTRAL), (2, CENTRAL), (1, OWN), (1, LOCAL), (2, LOCAL)):
         found = [row for row in rows if row.workers == workers and row.workload in group]
         names = [name for name in group if any(row.workload == name and row.ratios for row in found)]
         if names:
@@ -364,7 +368,7 @@ def machine() -> str:
 
 def chosen(found: argparse.Namespace) -> tuple[list[str], list[Contender]]:
     """Return workloads and contenders that the command line asks for."""
-    names = list(QUICK) if found.quick else list(CENTRAL + LOCAL)
+    names = list(QUICK) if found.quick else list(CENTRAL + OWN + LOCAL)
     contenders = [IDEAL, *OURS, *(() if found.without_rivals else OTHERS)]
     if found.only:
         exact = [name for name in WORKLOADS if name in found.only]
@@ -421,7 +425,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def write(out: Path, rows: list[Row]) -> None:
     """Write the tables and, beside this script, the page; workloads in their order."""
-    order = [*CENTRAL, *LOCAL]
+    order = [*CENTRAL, *OWN, *LOCAL]
     rows = sorted(rows, key=lambda row: order.index(row.workload))
     write_csv(out / "speed.csv", COLUMNS, [row.cells for row in rows])
     (out / "speed.md").write_text(markdown(rows), encoding="utf-8")

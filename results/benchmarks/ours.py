@@ -28,7 +28,7 @@ from fedpriv.methods import DPFedAvg, has_memory
 from fedpriv.privacy import FixedSize, make_plan
 from fedpriv.rounds import ServerRules, begin_round, finish_round, make_agreement
 from fedpriv.streams import SeededStreams
-from fedpriv.tasks.local_work import FullGradient
+from fedpriv.tasks.local_work import FullGradient, LocalEpochs, LocalWork
 from fedpriv.tasks.task import Task
 
 TASK_OPTIONS = ("precision", "channels_last")
@@ -138,7 +138,16 @@ def make_ours(job: Job, engine: str, options: dict[str, Any]) -> Ours:
         engine=engine,
         workers=job.workers,
         options=options,
+        work=work_of(workload),
     )
+
+
+def work_of(workload: Workload) -> LocalWork:
+    """Return the local work."""
+    if not workload.passes:
+        return FullGradient()
+    order = "reshuffled" if workload.shuffled else "fixed"
+    return LocalEpochs(epochs=workload.passes, batch_size=workload.batch, client_lr=workload.client_lr, order=order)
 
 
 def build(
@@ -156,6 +165,7 @@ def build(
     engine: str,
     workers: int = 1,
     options: dict[str, Any],
+    work: LocalWork | None = None,
 ) -> Ours:
     """Return a server and an engine from their parts; `options` as on the command line."""
     for_task = {key: value for key, value in options.items() if key in TASK_OPTIONS}
@@ -175,7 +185,9 @@ def build(
     streams = SeededStreams(seed)
     server, client, _ = make_agreement(method, sampling, plan, streams)
     task = kind(module, device, **for_task)
-    people = kind_of_population(rules=client, task=task, federation=federation, work=FullGradient(), streams=streams)
+    people = kind_of_population(
+        rules=client, task=task, federation=federation, work=work or FullGradient(), streams=streams
+    )
     made = make_engine(people, engine, workers, for_engine, fused=noise == "fused" and client.noise_stddev > 0.0)
     return Ours(server, made, server.init(task.initial_model()))
 

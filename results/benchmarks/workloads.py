@@ -6,6 +6,7 @@ A contender is a script that takes `--workload cnn62k --workers 1 --rounds 5 --s
 """
 
 import argparse
+import ctypes
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -45,6 +47,10 @@ class Workload:
         examples: Of each client.
         rounds: Measured at least, after `warmup`; short rounds are repeated until they fill a second.
         computes: True if a client computes its gradient; otherwise its update is constant and only the framework works.
+        passes: Passes over a client's data in local steps; 0 for one gradient.
+        batch: Examples of each local step; None for all.
+        client_lr: Length of a local step.
+        shuffled: True to draw an order for every pass.
         local: True if each client adds the noise to its message, instead of the server to the sum.
         clients: Size of the population.
         cohort: Clients in a round.
@@ -58,6 +64,10 @@ class Workload:
     rounds: int = 5
     warmup: int = 2
     computes: bool = True
+    passes: int = 0
+    batch: int | None = None
+    client_lr: float = 0.05
+    shuffled: bool = True
     local: bool = False
     clients: int = 100
     cohort: int = 50
@@ -65,7 +75,19 @@ class Workload:
 
     def checked(self) -> "Workload":
         """Return the same work for everyone and without noise: after one round, all must hold the same model."""
-        return replace(self, clients=self.cohort, noise_multiplier=0.0, warmup=0, rounds=1)
+        return replace(self, clients=self.cohort, noise_multiplier=0.0, warmup=0, rounds=1, shuffled=False)
+
+    @property
+    def steps(self) -> int:
+        """Number of local steps of a client; 0 for one gradient."""
+        return self.passes * -(-self.examples // (self.batch or self.examples))
+
+    def batches(self) -> list[Tensor]:
+        """Draw the examples of each of a client's steps, in torch's global generator."""
+        orders = (
+            torch.randperm(self.examples) if self.shuffled else torch.arange(self.examples) for _ in range(self.passes)
+        )
+        return [batch for order in orders for batch in order.split(self.batch or self.examples)]
 
     def module(self) -> nn.Module:
         """Return the model at its start."""
@@ -99,6 +121,12 @@ WORKLOADS = {
         Workload(name="cnn1m", source=_CNN1M, rounds=3),
         Workload(name="mlp", source=_MLP, **_DIGITS),
         Workload(name="softmax", source=_SOFTMAX, **_DIGITS),
+        Workload(name="cnn62k-epochs", source=_CNN62K, passes=2, batch=10, cohort=10, rounds=3),
+        Workload(name="mlp-epochs", source=_MLP, passes=4, batch=5, **_DIGITS),
+        Workload(name="mlp-steps", source=_MLP, passes=10, **_DIGITS),
+        Workload(
+            name="softmax60k", source=_SOFTMAX, input_shape=(1, 28, 28), examples=111, clients=539, cohort=539, rounds=5
+        ),
         Workload(name="noop62k", source=_CNN62K, **_NOOP),
         Workload(name="noop1m", source=_CNN1M, **_NOOP),
         Workload(name="cnn62k-local", source=_CNN62K, local=True),
@@ -216,9 +244,18 @@ def flat(module: nn.Module) -> Tensor:
 
 
 def one_thread() -> None:
-    """Use one thread in every process, because workers are processes here."""
+    """Use one thread in every process, because workers are processes here, and the same settings of the allocator."""
+    set_allocator()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+def set_allocator() -> None:
+    """Ask the C library to keep up to 2 GiB of freed memory, as fedpriv does, so that nobody gains by it alone."""
+    with suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
 
 
 def median(values: Sequence[float]) -> float:

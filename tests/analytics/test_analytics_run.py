@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fedpriv import load_config
 from fedpriv.cli import main
@@ -14,6 +15,7 @@ from fedpriv.cli.analyses.print_answers import print_answers
 from fedpriv.cli.print_run import print_summary
 from fedpriv.errors import UserError
 from fedpriv.experiment.analyses.clients import clients_of, refuse_other_clients
+from fedpriv.experiment.build import make_federation
 from fedpriv.experiment.run import run_experiment
 from fedpriv.privacy import Everyone, Poisson, PrivacyPlan, make_plan, rounded_up
 from fedpriv.privacy.gaussian import gaussian_epsilon
@@ -456,3 +458,71 @@ def test_rows_of_labels_and_categories_have_the_declared_names(
     rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
     assert ["kinds", "u"] in rows
     assert rows[rows.index(["kinds", "u"]) + 1][0] == "v"
+
+
+@pytest.mark.parametrize("engine", ["loop", "vectorized"])
+@pytest.mark.parametrize("records", [None, 20])
+def test_labels_that_are_numbers_are_asked_about(engine: str, records: int | None, data: Path, tmp_path: Path) -> None:
+    """Without noise, the mean, variance and median of the clients' numbers."""
+    made = tables(privacy=None, data={"target": "b", "numeric": {"a": [5.0, 2.0]}, "categories": {"c": ["u", "v"]}})
+    asked = {"scale": {"kind": "moments", "columns": ["label"], **RANGE}}
+    asked |= {"middle": {"kind": "quantiles", "column": "label", "at": [0.5], **RANGE}}
+    asked |= {
+        "bars": {"kind": "histogram", "column": "label", "bins": 5, **RANGE},
+        "a": {**asked["scale"], "columns": ["a"]},
+    }
+    made["analysis"] = {"label_kind": "numbers", **asked, **({} if records is None else {"records": records})}
+    made = without_none(made)
+    config = load_config(made)
+    found = answers(made, data, tmp_path, engine)["answers"]
+    federation = make_federation(config, data)
+    own = [federation.dataset.train_labels[federation.rows_of(client)].numpy().ravel() for client in range(CLIENTS)]
+    own = [np.clip(values, 0.0, 10.0) for values in own]
+    weights = np.concatenate([np.full(len(one), 1.0 if records else 1.0 / len(one)) for one in own])
+    values, weights = np.concatenate(own), weights / weights.sum()
+    mean = float(weights @ values)
+    assert found["scale"]["columns"] == ["label"]
+    assert found["scale"]["mean"][0] == pytest.approx(mean, abs=1e-4)
+    assert found["scale"]["variance"][0] == pytest.approx(float(weights @ (values - mean) ** 2), abs=1e-3)
+    order = np.argsort(values)
+    median = values[order][np.searchsorted(np.cumsum(weights[order]), 0.5)]
+    assert found["middle"]["value"][0] == pytest.approx(median, abs=2 * found["middle"]["interval"])
+    shares = np.array(found["bars"]["value"]) / np.sum(found["bars"]["value"])
+    assert shares == pytest.approx(np.histogram(values, np.linspace(0, 10, 6), weights=weights)[0], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("analysis", "message"),
+    [
+        ({"x": {"kind": "moments", "columns": ["label"], **RANGE}}, r"analysis\.label_kind: expected \"numbers\""),
+        ({"label_kind": "numbers", "x": {"kind": "moments", "columns": ["label"]}}, r"x\.low: expected the range"),
+        ({"label_kind": "numbers", "x": {"kind": "moments", "columns": ["a", "label"], **RANGE}}, r"x\.columns"),
+        (
+            {"label_kind": "numbers", "x": {"kind": "quantiles", "of_label": True, **RANGE}},
+            r"x\.of_label: .*no such key",
+        ),
+    ],
+    ids=str,
+)
+def test_a_label_is_asked_about_alone_with_a_range_and_as_a_number(analysis: dict[str, Any], message: str) -> None:
+    made = tables()
+    made["analysis"] = analysis
+    with pytest.raises(UserError, match=message):
+        load_config(made)
+
+
+def test_a_replaced_label_moves_the_vector_no_further_than_a_column_would() -> None:
+    """Without this bound, the noise would not suit a label far beyond the range."""
+    from fedpriv.analytics.statistics import Statistics, StatisticsTask
+    from fedpriv.tasks.task import Task
+
+    asked = [
+        {"kind": "moments", "name": "m", "columns": [0], "shifts": [0.0], "scales": [1.0], "of_label": True, **RANGE}
+    ]
+    asked += [{"kind": "quantiles", "name": "q", "levels": 3, "of_label": True, **RANGE}]
+    kind = StatisticsTask(labels="numbers", queries=asked)
+    task = Task(Statistics(queries=asked).build((2,), kind.width(1), 0), "cpu", kind=kind)
+    labels = torch.tensor([0.0, 10.0, 1e30, -1e30, 4.9])
+    found = torch.stack([task.gradient(task.initial_model(), torch.zeros(1, 2), one.reshape(1)) for one in labels])
+    assert torch.isfinite(found).all()
+    assert 0.9 < float(found.norm(dim=1).max()) <= 1.0 + 1e-6

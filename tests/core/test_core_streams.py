@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from support.helpers import FALSE_ALARM, accepts_law, accepts_variance, brief
 
+from fedpriv import philox
 from fedpriv import streams as streams_module
 from fedpriv.streams import Purpose, SeededStreams, Source, Streams, SystemStreams
 
@@ -309,3 +311,36 @@ def test_a_small_subset_of_a_huge_population_costs_what_the_subset_costs(streams
     members = source.subset(10**12, 1000)
     assert sys.getsizeof(members) < 100_000
     assert accepts_law(members / 1e12, stats.uniform.cdf)
+
+
+@brief
+@given(address=addresses, start=st.integers(0, 9), size=st.integers(0, 40))
+def test_words_in_c_are_those_of_numpy(address: tuple[int, Purpose, int, int], start: int, size: int) -> None:
+    for seed in (address[0], 2**255 + address[0]):
+        source = SeededStreams(seed).source(*address[1:])
+        source.words(start)
+        found = source.words(size)
+        again = SeededStreams(seed).source(*address[1:])
+        again.uniform(0)  # from here on, numpy makes the words
+        assert np.array_equal(found, again.words(start + size)[start:])
+        assert np.array_equal(source.rng.bit_generator.random_raw(3), again.words(3))
+
+
+def test_a_negative_seed_is_refused() -> None:
+    with pytest.raises(ValueError, match="non-negative"):
+        SeededStreams(-1).source(Purpose.MODEL).words(1)
+
+
+@pytest.mark.parametrize(("right", "wrong"), [("round < 10", "round < 9"), ("position % 4; i", "0; i")])
+def test_c_that_contradicts_numpy_makes_no_words(
+    right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    text = philox._SOURCE.read_text()
+    assert right in text
+    faulty = tmp_path / "philox.c"
+    faulty.write_text(text.replace(right, wrong))
+    monkeypatch.setattr(philox, "_SOURCE", faulty)
+    philox.philox_in_c.cache_clear()
+    assert philox.philox_in_c() is None
+    philox.philox_in_c.cache_clear()

@@ -145,22 +145,24 @@ def test_the_step_in_c_is_the_step_in_torch(name: str, kind: str, memory: int | 
     method, clients = EXAMPLES[name], 6
     rules = ClientRules(method=method, noise_stddev=0.0, streams=SeededStreams(4))
     rng = np.random.default_rng(8)
-    stores = [StateStore(method, size, memory=memory) for _ in range(2)]
+    stores = [StateStore(method, size, memory=memory) for _ in range(3)]
     for number in (1, 2, 4, 7):
         signals = signals_of(kind, rng, clients, size)
         shared = torch.linspace(-0.1, 0.1, size) if method.needs_shared else None
         broadcast = Broadcast(number, torch.zeros(size), np.arange(clients), shared=shared)
-        steps = [ClientStep(rules, broadcast, torch.device("cpu"), native=native) for native in (True, False)]
-        for step, store in zip(steps, stores, strict=True):
+        steps = [ClientStep(rules, broadcast, torch.device("cpu"), native=native) for native in (True, True, False)]
+        for step, store in zip(steps[1:], stores[1:], strict=True):
             for client, following in zip(range(clients), [*range(1, clients), None], strict=True):
                 step.take_alone(client, signals[client].clone(), store, following)
-        one, other = (step.total() for step in steps)
-        assert (one.messages, one.non_finite) == (other.messages, other.non_finite)
-        assert one.signal_norm == pytest.approx(other.signal_norm, rel=1e-5)
-        assert same(one.sum, other.sum)
-        mine, theirs = (store.save() for store in stores)
-        assert mine.keys() == theirs.keys()
-        assert all(same(mine[field], theirs[field]) for field in mine)
+        steps[0].take_many(range(clients), signals.clone(), stores[0])
+        *in_c, other = (step.total() for step in steps)
+        *mine, theirs = (store.save() for store in stores)
+        for one, saved in zip(in_c, mine, strict=True):
+            assert (one.messages, one.non_finite) == (other.messages, other.non_finite)
+            assert one.signal_norm == pytest.approx(other.signal_norm, rel=1e-5)
+            assert same(one.sum, other.sum)
+            assert saved.keys() == theirs.keys()
+            assert all(same(saved[field], theirs[field]) for field in saved)
 
 
 @native

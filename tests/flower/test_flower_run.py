@@ -250,6 +250,27 @@ def test_flwr_run_of_this_folder_runs_a_shipped_experiment(tmp_path, monkeypatch
     assert (summary["engine"], summary["rounds"], summary["population"]) == ("flower", 2, 6)
 
 
+@pytest.mark.slow
+def test_flwr_run_of_this_folder_answers_an_analysis(tmp_path, monkeypatch):
+    """`flwr run` takes a config with questions, and its server writes the answers."""
+    home, out, start = tmp_path / "home", tmp_path / "out", launch.FlowerRun._start
+    (home / "work").mkdir(parents=True)
+    (home / "app").symlink_to(ROOT)
+    asked = ["-c", f'config="sim_configs/analysis.toml" settings="data.clients=4" out="{out}"']
+
+    def with_config(self, arguments, *more):
+        return start(self, [*arguments, *(asked if arguments[0] == "run" else [])], *more)
+
+    monkeypatch.setattr(launch.FlowerRun, "_start", with_config)
+    run = launch.FlowerRun(home, 4, "cpu", tmp_path / "flower.log")
+    with run.running() as process:
+        assert process.wait(timeout=240) == 0, run.log.read_text()
+    found = RunDirectory(out).read_json("analysis.json")
+    assert found is not None, run.log.read_text()
+    assert (found["clients"], sorted(found["answers"])) == (4, ["digits", "pixels"])
+    assert found["epsilon"] == pytest.approx(2.0, rel=0.01)
+
+
 WITH_THE_WHEEL = """
 import sys
 from pathlib import Path

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from support.helpers import FALSE_ALARM, accepts_variance, brief
 
+from fedpriv import philox
 from fedpriv.errors import UserError
 from fedpriv.mechanisms import gaussian
 from fedpriv.mechanisms.gaussian import MAX_STDDEV, MAX_STEPS, MIN_STDDEV, release_grid, rounded_noise
@@ -164,6 +165,31 @@ def error_at(row: int, offset: float) -> float:
         return float(abs(mpmath.ncdf(-height) - tail) / mpmath.npdf(height) * 1.001)
 
 
+def test_no_error_of_the_float32_part_is_above_its_margin() -> None:
+    """The same bounds for float32: of interpolation, of the table, of the undrawn bits and of float32."""
+    table, degree, half = gaussian._coarse_quantiles().astype(np.float64), gaussian._COARSE_DEGREE, 2.0**20
+    assert 2 * half == 2.0**gaussian._COARSE_WIDTH
+    rows = np.arange(gaussian._COARSE_SKIPPED, len(table))
+    starts = (2.0 * half * rows + 0.5) * 2.0**-32
+    heights = stats.norm.isf(starts)
+    slopes = 1.0 / stats.norm.pdf(heights)
+    polynomial = np.polynomial.Polynomial([1.0])
+    for n in range(1, degree + 1):
+        polynomial = polynomial.deriv() + n * np.polynomial.Polynomial([0.0, 1.0]) * polynomial
+    derivative = polynomial(heights) * slopes ** (degree + 1)
+    interpolation = derivative * (half * 2.0**-32) ** (degree + 1) / 2.0**degree / math.factorial(degree + 1)
+    nodes = np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1)) * half
+    tails = (2.0 * half * rows[:, None] + half + nodes + 0.5) * 2.0**-32
+    values = np.polynomial.polynomial.polyval(nodes, table[rows].T)
+    at_nodes = np.abs(values - stats.norm.isf(tails)).max(axis=1)
+    undrawn = slopes * 0.5 * 2.0**-32
+    sizes = (np.abs(table[rows]) * half ** np.arange(degree + 1)).sum(axis=1)
+    evaluation = (2 * degree + 4) * 2.0**-24 * sizes  # with the products by ratio and the sum of value and noise
+    total = interpolation + 2.0 * at_nodes + undrawn + evaluation
+    assert total.max() * 1.5 < gaussian._COARSE_ERROR < total.max() * 4.0
+    assert gaussian._coarse_edge(4.0) < gaussian._edge(4.0) - 2.0**-16
+
+
 def test_few_numbers_need_more_than_64_bits() -> None:
     for ratio in (4.0, 8.0):
         assert 2.0 * (0.5 - gaussian._edge(ratio)) + 2.0**-31 < 1.5e-9
@@ -270,6 +296,51 @@ def test_numpy_and_c_give_equal_results(values: Values, monkeypatch: pytest.Monk
         assert np.array_equal(*found)
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES.keys())
+def test_releases_are_the_same_numbers_with_and_without_c(
+    values: Values, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, found = np.random.default_rng(7), []
+    for stddev, level in ((2.0**-9 * 5.3, 60), (2.0**30, 2**40), (2.0**-90, 2**62), (2.0**80, 50)):
+        with np.errstate(over="ignore", invalid="ignore"):
+            chosen = values(rng, 3 * 9_000, release_grid(stddev)).reshape(3, -1).astype(kind)
+        for name in ("numpy", "C"):
+            use(name, monkeypatch)
+            philox.philox_in_c.cache_clear()
+            sources = [SeededStreams(4).source(Purpose.CLIENT_NOISE, 2, client) for client in (0, 5, 2**33)]
+            sources[1].words(3)
+            sources[2].uniform(1)  # its words can no longer be made in C
+            found.append(gaussian.noised_rows(chosen, stddev, sources, level=level))
+            assert [source.position for source in sources] == [9_000, 9_003, 9_000]
+        steps = np.clip(
+            rounded_noise(chosen[0].astype(np.float64), stddev, SeededStreams(4).source(Purpose.CLIENT_NOISE, 2, 0)),
+            -level,
+            level,
+        )
+        with np.errstate(over="ignore"):
+            assert np.array_equal(found[-1][0], (steps * release_grid(stddev)).astype(kind))
+        assert found[-2].tobytes() == found[-1].tobytes()
+        assert found[-1].dtype == kind
+    philox.philox_in_c.cache_clear()
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_releases_of_undecided_numbers_are_exact(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words beside thresholds, which neither float32 nor float64 decides, for a source of any kind."""
+    for n in (0, 3, -7):
+        tail = threshold((n + HALF) / Fraction(5))
+        for more, expected in ((tail - 1, n + 1), (tail + 1, n)):
+            digits = [more >> 128, more >> 64 & ALL, more & ALL]
+            word = digits[0] if n < 0 else digits[0] ^ ALL
+            for name in ("numpy", "C"):
+                use(name, monkeypatch)
+                source = Scripted([word], [digits[1:]])
+                released = gaussian.noised(np.zeros(1, dtype=kind), 5.0, source, 1.0)
+                assert released.tolist() == [expected if n >= 0 else 2 * n + 1 - expected]
+                assert source.asked > 0
+
+
 @pytest.mark.parametrize("ratio", [2.0**12, 2.0**20])
 def test_forms_agree_where_many_numbers_need_more_bits(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
     found, asked = [], []
@@ -289,6 +360,8 @@ def test_forms_agree_where_many_numbers_need_more_bits(ratio: float, monkeypatch
         ("c[3]", "c[2]"),
         ("shift = rint(sum)", "shift = floor(sum)"),
         ("return count;", "return 1;"),
+        ("(steps - whole) + ratio", "(steps - whole) - ratio"),
+        ("sum = MULTIPLY_ADD_FLOAT(sum, x, c[1])", "sum = MULTIPLY_ADD_FLOAT(sum, x, c[2])"),
     ],
 )
 def test_a_c_form_that_contradicts_numpy_is_not_used(

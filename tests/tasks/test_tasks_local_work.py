@@ -13,7 +13,16 @@ from fedpriv.errors import UserError
 from fedpriv.methods import AlphaNormEC, FedAlphaNormEC
 from fedpriv.privacy import Poisson
 from fedpriv.streams import SeededStreams
-from fedpriv.tasks.local_work import FullGradient, LocalEpochs, LocalSteps, LocalWork, MinibatchGradient, batches_of
+from fedpriv.tasks.local_work import (
+    FullGradient,
+    LocalEpochs,
+    LocalSGD,
+    LocalSteps,
+    LocalWork,
+    MinibatchGradient,
+    Signal,
+    batches_of,
+)
 
 ENGINES = {"loop": LoopEngine, "vectorized": VectorizedEngine}
 
@@ -160,3 +169,25 @@ def test_bare_moves_are_fed_alpha_normec_with_figures_by_the_length_of_a_step() 
 def test_a_wrong_figure_is_refused(wrong: dict, says: str) -> None:
     with pytest.raises(UserError, match=says):
         LocalEpochs(**{"epochs": 1, "client_lr": 0.1, **wrong})
+
+
+@pytest.mark.parametrize(("examples", "size"), [(15, 5), (17, 5), (6, 4), (3, 1)])
+def test_the_batches_of_passes_are_sorted_pieces_of_each_order(examples: int, size: int) -> None:
+    work = LocalEpochs(epochs=3, client_lr=0.1, batch_size=size)
+    found, rng = work.batches(examples, np.random.default_rng(7)), np.random.default_rng(7)
+    orders = [rng.permutation(examples) for _ in range(3)]
+    expected = [np.sort(order[start : start + size]) for order in orders for start in range(0, examples, size)]
+    assert len(found) == len(expected)
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("signal", ["pseudo-gradient", "gradient-sum"])
+def test_steps_in_place_leave_the_round_s_model_and_the_gradients_alone(signal: Signal) -> None:
+    start, gradients = torch.zeros(3), [torch.ones(3), torch.full((3,), 2.0), torch.full((3,), 4.0)]
+    kept = [gradient.clone() for gradient in gradients]
+    local = LocalSGD(LocalSteps(steps=3, client_lr=0.5, signal=signal), start)
+    for gradient in gradients:
+        local.step(lambda _, gradient=gradient: gradient)
+    assert torch.equal(start, torch.zeros(3))
+    assert all(torch.equal(a, b) for a, b in zip(gradients, kept, strict=True))
+    assert torch.equal(local.signal(3), torch.full((3,), 7.0 if signal == "gradient-sum" else 3.5))

@@ -13,6 +13,7 @@ from fedpriv.tables import Record
 
 __all__ = ["print_answers"]
 
+_FOUND = ("items", "cut", "value", "standard_error")
 MAX_ROWS = 40
 """Most rows of one answer in the terminal; `analysis.json` has all."""
 
@@ -25,7 +26,10 @@ def print_answers(found: Record, directory: Path) -> None:
         directory: The run directory.
     """
     shown = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("question", "of", "value", "standard error", "epsilon alone"):
+    kinds = {answer["kind"] == "quantiles" for answer in found["answers"].values()}
+    error = {False: "standard error", True: "interval"}
+    uncertain = error[kinds.pop()] if len(kinds) == 1 else "standard error or interval"
+    for name in ("question", "of", "value", uncertain, "epsilon alone"):
         shown.add_column(name, justify="left" if name in ("question", "of") else "right", overflow="fold")
     for name, answer in found["answers"].items():
         rows = list(_rows(answer))
@@ -49,7 +53,7 @@ def print_answers(found: Record, directory: Path) -> None:
 
 
 def _rows(answer: Record) -> Iterator[tuple[str, str, str]]:
-    """Yield what a value is of, the value, and its standard error."""
+    """Yield what a value is of, the value, and its standard error; of quantiles, the interval of two rank errors."""
     if answer["kind"] == "moments":
         for place, column in enumerate(answer["columns"]):
             for key in ("mean", "variance"):
@@ -58,6 +62,9 @@ def _rows(answer: Record) -> Iterator[tuple[str, str, str]]:
     elif answer["kind"] == "quantiles":
         for rank, value, low, high in zip(*(answer[key] for key in ("at", "value", "low", "high")), strict=True):
             yield f"quantile {rank:g}", _number(value), f"{_number(low)} to {_number(high)}"
+    elif answer["kind"] == "heavy-hitters":
+        for item, cut, value, error in zip(*(answer[key] for key in _FOUND), strict=True):
+            yield item + "..." * cut, _number(value), _number(error)
     elif answer["kind"] == "count":
         yield "records", _number(answer["value"]), _number(answer["standard_error"])
     else:

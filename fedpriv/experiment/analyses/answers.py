@@ -60,6 +60,7 @@ def answers_of(experiment: Experiment, vector: Tensor) -> Record | None:
     answers = {
         query.name: {
             "kind": query.kind,
+            **({"of_label": True} if query.of_label else {}),
             **_names(query, declared, labels),
             **query.answer(seen[query.name]),
             **_cost(plan, shares[query.name], sums),

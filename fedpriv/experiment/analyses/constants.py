@@ -84,7 +84,7 @@ def _check_promise(found: Record) -> None:
 
 def _moments(found: Record, folder: Path) -> dict[str, tuple[float, float]]:
     """Return mean and standard deviation of each column that was asked about."""
-    moments = [answer for answer in found["answers"].values() if answer["kind"] == "moments"]
+    moments = [one for one in found["answers"].values() if one["kind"] == "moments" and not one.get("of_label")]
     if not moments:
         remedy = 'Add a query with kind = "moments" to its [analysis]'
         raise UserError("data.standardize", "an analysis with means and variances", str(folder), remedy)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import cast
 
+from fedpriv.analytics.heavy.tree import HeavyHitters
 from fedpriv.analytics.queries import KINDS, Categories, Column, Count, Moments, Query, missing_place, read_query
 from fedpriv.analytics.statistics import Statistics
 from fedpriv.checks import folder_name, positive_int
@@ -17,7 +18,7 @@ __all__ = ["as_experiment", "columns_of"]
 _SET = ("model", "task", "local", "method", "server", "adaptive", "training", "evaluation", "augment", "noise")
 _SET += ("controller", "devices", "schedule")
 _OWN = ("label_kind", "records")
-_SET_BY_DATA = ("shift", "scale", "shifts", "scales", "names", "counted")
+_SET_BY_DATA = ("shift", "scale", "shifts", "scales", "names", "counted", "of_label")
 _PRIVACY = ("example_clip", "example_normalization", "examples", "metrics_share", "metrics_max_loss")
 
 
@@ -53,6 +54,7 @@ def as_experiment(tables: Table, declared: Declared) -> dict[str, object]:
     kind = str(given.get("label_kind", "classes"))
     if kind != "classes" and any(query.kind == "labels" for query in queries):
         raise UserError("analysis.label_kind", '"classes" with a histogram of labels', repr(kind), "Remove that query")
+    of_label = [{"kind": query.kind, **write_table(query)} for query in queries if query.of_label]
     kept = {name: table for name, table in tables.items() if name != "analysis"}
     if "privacy" in kept:
         kept["privacy"] = _privacy(kept["privacy"], records)
@@ -61,7 +63,7 @@ def as_experiment(tables: Table, declared: Declared) -> dict[str, object]:
     return {
         **kept,
         "model": {"name": "statistics", **write_table(model)},
-        "task": {"name": "statistics", "labels": kind},
+        "task": {"name": "statistics", "labels": kind, **({"queries": of_label} if of_label else {})},
         "local": {"work": "record-sum", "records": records} if summed else {"work": "full-gradient"},
         "method": {"name": "dp-gd", "max_norm": 1.0, "server_lr": 1.0},
         "training": {"rounds": 1, "evaluate_every": 1},
@@ -107,9 +109,14 @@ def _read_queries(tables: Table) -> list[Query]:
             raise UserError(where, "a table with a query", repr(table), remedy)
         options = dict(table)
         kind = options.pop("kind", None)
+        if kind == HeavyHitters.kind:
+            remedy = "Use fedpriv analyze or fedpriv privacy"
+            expected = "another kind here: heavy hitters are several analyses, one after the other"
+            raise UserError(f"{where}.kind", expected, repr(kind), remedy)
         if not isinstance(kind, str) or kind not in KINDS:
             got = "a missing key" if kind is None else repr(kind)
-            raise UserError(f"{where}.kind", f"one of {', '.join(KINDS)}", got, nearest(str(kind), KINDS))
+            known = (*KINDS, HeavyHitters.kind)
+            raise UserError(f"{where}.kind", f"one of {', '.join(known)}", got, nearest(str(kind), known))
         for key in _SET_BY_DATA:
             if key in options:
                 raise UserError(f"{where}.{key}", "no such key", repr(options[key]), "Remove it: the data set sets it")
@@ -125,10 +132,16 @@ def _resolved(query: Query, declared: Declared, *, counted: bool) -> Query:
     columns, categories = columns_of(declared)
     resolve = getattr(query, "resolved", None)
     found: Query = query if resolve is None else resolve(columns, categories)
+    if found.of_label:
+        return _counted(found, counted=counted)
     _refuse_places(found, None if declared.columns is None else len(columns) + sum(n for _, n in categories.values()))
-    if isinstance(found, Moments) and counted:
-        found = read_query({"kind": found.kind, **write_table(found), "counted": True})
-    return found
+    return _counted(found, counted=counted)
+
+
+def _counted(query: Query, *, counted: bool) -> Query:
+    if isinstance(query, Moments) and counted:
+        return read_query({"kind": query.kind, **write_table(query), "counted": True})
+    return query
 
 
 def _refuse_places(query: Query, inputs: int | None) -> None:
