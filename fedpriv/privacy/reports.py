@@ -26,7 +26,7 @@ class LocalReports:
         clients: Number of clients, each with one report.
         oracle: Name of the frequency oracle.
 
-    Formal guarantee: the question may depend on reports of other clients, never on data of its own, and it answers
+    Formal guarantee: the question may depend on reports of other clients, never on the client's data, and it answers
     once. So the view of the server is (`epsilon`, 0)-differentially private under `replace`, for each client. Presence
     is visible: there is no promise under `add-or-remove`. Several analyses, or an analysis and a run with Gaussian
     noise, add up by basic composition: the sum of the epsilons at the sum of the deltas.

@@ -79,7 +79,7 @@ def replayed(config: Path, rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def _without(saved: dict[str, torch.Tensor], lost: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Return the saved states of an engine without those of some clients, which then start anew."""
+    """Return the saved states of an engine without those of some clients, which then start again."""
     kept = torch.tensor([client not in lost for client in saved["clients"].tolist()], dtype=torch.bool)
     return {name: tensor[kept] for name, tensor in saved.items()}
 

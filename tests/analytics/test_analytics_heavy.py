@@ -128,17 +128,18 @@ def test_what_a_user_is_asked_depends_on_the_reports_of_others_alone(
     """Another item of one user changes one value in one question, and no question or report before it."""
     monkeypatch.setitem(local.ORACLES, "oue", Recorder)
     asked, items, visible = HeavyHitters(top=2, length=4, **keys), items_of(*(["the", "of", "a", "cat"] * 30)), 0
-    for changed in (None, *range(0, 120, 13)):
+    before = asked_of(asked, items, monkeypatch)
+    for changed in range(0, 120, 9):
         held = items.copy()
-        if changed is not None:
-            held[changed] = items_of("zebra")[0]
-        monkeypatch.setattr(Recorder, "seen", [])
-        ask_users(asked, held, 2.0, SeededStreams(9))
-        if changed is None:
-            before = Recorder.seen
-        else:
-            visible += changes_one_answer(before, Recorder.seen)
+        held[changed] = items_of("zebra")[0]
+        visible += changes_one_answer(before, asked_of(asked, held, monkeypatch))
     assert visible > 3
+
+
+def asked_of(asked: HeavyHitters, items: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    monkeypatch.setattr(Recorder, "seen", [])
+    ask_users(asked, items, 2.0, SeededStreams(9))
+    return Recorder.seen
 
 
 def changes_one_answer(before: list[Any], after: list[Any]) -> bool:

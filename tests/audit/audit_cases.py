@@ -1,13 +1,12 @@
 """Small audits for tests: a quick problem, and faults injected into the product's code."""
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import pytest
+from support.noise_faults import Released, replace_noise
 from torch import Tensor
 
-import fedpriv.mechanisms.noise
 from fedpriv.audit.run import Against, AuditChoice, audit_experiment
 from fedpriv.audit.verdict import Findings
 from fedpriv.bounding import SmoothedNormalization
@@ -58,10 +57,6 @@ def quick_audit(
     return audit_experiment(
         quick_experiment(changes), AuditChoice(canaries=canaries, seed=seed, engine=engine, against=against)
     )
-
-
-# Arguments of `fedpriv.mechanisms.noise._released`: streams, purpose, stddev, values, (round, client), and others.
-Released = Callable[..., Tensor]
 
 
 def without(released: Released, *where: Any, **more: Any) -> Tensor:  # noqa: ARG001
@@ -118,8 +113,7 @@ NOISE_FAULTS: dict[str, Released] = {
 
 def seed_noise_fault(patch: pytest.MonkeyPatch, fault: Released) -> None:
     """Inject a fault into all added noise, at the server and at clients."""
-    released = fedpriv.mechanisms.noise._released
-    patch.setattr(fedpriv.mechanisms.noise, "_released", lambda *where, **more: fault(released, *where, **more))
+    replace_noise(patch, fault)
 
 
 def seed_bound_fault(patch: pytest.MonkeyPatch, times: float) -> None:

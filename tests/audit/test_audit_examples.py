@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from audit_cases import CLIENTS, halved, quick_audit, quick_config, quick_experiment
+from support.noise_faults import replace_noise
 
-import fedpriv.mechanisms.noise
 from fedpriv.audit import AuditChoice, run_audit
 from fedpriv.audit.attack import start_attack
 from fedpriv.audit.canaries import CanaryPopulation, draw_canaries
@@ -48,8 +48,7 @@ def test_a_correct_run_is_not_convicted_and_its_claim_is_approached(
 
 
 def test_half_the_noise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    released = fedpriv.mechanisms.noise._released
-    monkeypatch.setattr(fedpriv.mechanisms.noise, "_released", lambda *a, **more: halved(released, *a, **more))
+    replace_noise(monkeypatch, halved)
     assert audited(DPGD)[0].guilty
 
 
@@ -129,8 +128,8 @@ def test_half_the_noise_of_every_record_level_mechanism_is_found(
 
 
 def halve_all_noise(patch: pytest.MonkeyPatch) -> None:
-    released, made = fedpriv.mechanisms.noise._released, StepNoise.__init__
-    patch.setattr(fedpriv.mechanisms.noise, "_released", lambda *a, **more: halved(released, *a, **more))
+    made = StepNoise.__init__
+    replace_noise(patch, halved)
     patch.setattr(StepNoise, "__init__", lambda self, streams, stddev, *at: made(self, streams, 0.5 * stddev, *at))
 
 

@@ -1,6 +1,7 @@
 """Audits find the product guilty with injected faults, and not guilty without."""
 
 from collections.abc import Callable
+from typing import Any
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from audit_cases import (
     seed_bound_fault,
     seed_noise_fault,
 )
+from support.noise_faults import Share, replace_shares
 from torch import Tensor
 
 import fedpriv.privacy.correlation
@@ -154,25 +156,23 @@ def test_the_server_with_all_helpers_is_attacked_by_the_messages_and_their_own_s
 def test_a_share_that_is_too_small_is_found_guilty_by_the_server_with_all_helpers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    drawn = IntegerSums.noised
+    def half(drawn: Share, sums: IntegerSums, streams: Streams, stddev: float, *which: Any) -> Tensor:
+        return drawn(sums, streams, 0.5 * stddev, *which)
 
-    def half(self: IntegerSums, streams: Streams, stddev: float, message: Tensor, round: int, client: int) -> Tensor:
-        return drawn(self, streams, 0.5 * stddev, message, round, client)
-
-    monkeypatch.setattr(IntegerSums, "noised", half)
+    replace_shares(monkeypatch, half)
     assert quick_audit(SHORT | AGGREGATOR, canaries=50, against="all-helpers")[1]["verdict"] == "guilty"
 
 
 @pytest.mark.parametrize("fault", ["half", "the same each round"])
 def test_shares_that_are_wrong_are_found_guilty_in_the_sum(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = IntegerSums.noised
-
-    def faulty(self: IntegerSums, streams: Streams, stddev: float, message: Tensor, round: int, client: int) -> Tensor:
+    def faulty(
+        drawn: Share, sums: IntegerSums, streams: Streams, stddev: float, message: Tensor, round: int, client: int
+    ) -> Tensor:
         if fault == "half":
-            return drawn(self, streams, 0.5 * stddev, message, round, client)
-        return drawn(self, streams, stddev, message, 1, client)
+            return drawn(sums, streams, 0.5 * stddev, message, round, client)
+        return drawn(sums, streams, stddev, message, 1, client)
 
-    monkeypatch.setattr(IntegerSums, "noised", faulty)
+    replace_shares(monkeypatch, faulty)
     assert quick_audit(AGGREGATOR, canaries=150)[1]["verdict"] == "guilty"
 
 

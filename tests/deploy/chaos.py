@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from support.noise_faults import rows_by
 from torch import Tensor
 
 import fedpriv.files
@@ -143,12 +144,14 @@ def unrounded_noise() -> Iterator[None]:
         made[-1] = ((on_grid - exact) / stddev).float().numpy()
         return on_grid
 
-    before, fedpriv.mechanisms.noise._released = fedpriv.mechanisms.noise._released, released  # type: ignore[assignment]
+    noise = fedpriv.mechanisms.noise
+    before, noise._released = noise._released, released  # type: ignore[assignment]
+    rows, noise.release_rows = noise.release_rows, rows_by(released)  # type: ignore[assignment]
     shares, IntegerSums.noised = IntegerSums.noised, noised  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
-        fedpriv.mechanisms.noise._released = before
+        noise._released, noise.release_rows = before, rows
         IntegerSums.noised = shares  # type: ignore[method-assign]
 
 

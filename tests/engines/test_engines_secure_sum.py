@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.noise_faults import Share, replace_shares
 from support.federations import Setting, setting
 from support.helpers import EXAMPLES, same
 from torch import Tensor
@@ -29,7 +30,7 @@ from fedpriv.methods import AlphaNormEC, Clip21, ServerState
 from fedpriv.methods.clip21 import ClientMemory
 from fedpriv.privacy import AggregationChoice, Poisson
 from fedpriv.rounds import Broadcast, Total, begin_round, client_round, finish_round, skip_round
-from fedpriv.streams import Purpose, Streams
+from fedpriv.streams import Purpose
 
 CLIENTS = 12
 CHOICE = AggregationChoice(least_survivors=8, colluders=1)
@@ -137,13 +138,13 @@ def test_a_round_in_the_guard_band_changes_nothing_but_the_count(
     make: Callable[[Population], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A limit that the second round's sum exceeds: models and memories stay, the next round has fresh noise."""
-    of, drawn, addresses = made(), IntegerSums.noised, []
+    of, addresses = made(), []
 
-    def watched(self: IntegerSums, streams: Streams, stddev: float, message: Tensor, round: int, client: int) -> Tensor:
-        addresses.append((round, client))
-        return drawn(self, streams, stddev, message, round, client)
+    def watched(drawn: Share, *which: Any) -> Tensor:
+        addresses.append(which[-2:])
+        return drawn(*which)
 
-    monkeypatch.setattr(IntegerSums, "noised", watched)
+    replace_shares(monkeypatch, watched)
     engine, limits = make(of.population), [10**9, 1, 10**9, 10**9]
     state, models, voids, saved = of.server.init(of.initial_model), [], [], []
     for number, limit in enumerate(limits, start=1):

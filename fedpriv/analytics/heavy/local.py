@@ -33,7 +33,7 @@ NO_ITEM = -1
 """The item of a user without data."""
 
 PRUNE_FACTOR = 1.0
-_FEW = 4096  # users whose reports are in memory at once
+_FEW = 4096  # reports in memory at once
 
 
 @dataclass(frozen=True, kw_only=True)

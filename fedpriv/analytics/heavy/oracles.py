@@ -140,7 +140,7 @@ class KRandomizedResponse(_Sized):
 
     kind: ClassVar[str] = "k-rr"
 
-    @cached_property
+    @property
     def support(self) -> Support:
         """See `Oracle.support`."""
         own = Fraction(_kept(self.epsilon, self.size), WORDS)
@@ -168,7 +168,7 @@ class OUE(_Sized):
     def _other(self) -> int:
         return math.floor(WORDS / (exp_below(self.epsilon) + 1)) + 1
 
-    @cached_property
+    @property
     def support(self) -> Support:
         """See `Oracle.support`."""
         return Support(Fraction(1, 2), Fraction(self._other, WORDS))
@@ -200,7 +200,7 @@ class OLH(_Sized):
         """The number g of values of a hash, at most `MAX_HASHES`."""
         return min(round(math.exp(self.epsilon)) + 1, MAX_HASHES)
 
-    @cached_property
+    @property
     def support(self) -> Support:
         """See `Oracle.support`."""
         return Support(Fraction(_kept(self.epsilon, self.hashes), WORDS), Fraction(1, self.hashes))

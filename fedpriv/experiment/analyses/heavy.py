@@ -1,8 +1,8 @@
 """Heavy hitters as an analysis: level by level, the candidates of the next question follow from released answers.
 
 With trust local, every client sends one randomized report, in a simulation in this process (`analytics.heavy.local`).
-With trust central or aggregator, each level is an ordinary analysis of one round about `prefixes`, in a run directory
-of its own. All clients take part in all levels, and the levels are together one Gaussian mechanism: each has the noise
+With trust central or aggregator, each level is an ordinary analysis of one round about `prefixes`, in another
+run directory. All clients take part in all levels, and the levels are together one Gaussian mechanism: each has the noise
 of a single round times the root of the number of levels.
 """
 
@@ -277,7 +277,7 @@ def _read(analysis: Table) -> tuple[HeavyHitters, int | None]:
     queries = {name: table for name, table in analysis.items() if isinstance(table, Mapping)}
     if len(queries) > 1:
         expected, got = "heavy hitters alone, or other queries", f"{len(queries)} queries"
-        raise UserError("[analysis]", expected, got, "Ask for heavy hitters in a config of their own")
+        raise UserError("[analysis]", expected, got, "Ask for heavy hitters in a separate config")
     ((name, table),) = queries.items()
     others = {key: value for key, value in analysis.items() if key not in (name, "records")}
     refuse_unknown(others, [], "analysis")

@@ -28,7 +28,7 @@ class KeptStore:
         self._floats = 0
 
     def get(self, key: Key) -> Tensor | None:
-        """Return what is kept under a key; None for nothing."""
+        """Return the tensor under a key, or None."""
         return self._kept.get(key)
 
     def keep(self, key: Key, activations: Tensor, limit: int, used: Container[Key]) -> None:
