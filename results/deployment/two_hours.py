@@ -220,7 +220,7 @@ class Federation:
             "wait": lambda seconds: self.rest(float(seconds)),
             "fill": self._fill,
             "free": lambda name: (self.parties.folder / name / "filler").unlink(),
-            "lose": lambda name: (self.parties.folder / name).rename(self.folder / f"lost-{name}"),
+            "lose": self._lose,
             "enroll": self._enroll,
             "resume": self._resume,
         }
@@ -255,6 +255,10 @@ class Federation:
                 with suppress(OSError):
                     while file.write(b"\0" * size):
                         pass
+
+    def _lose(self, name: str) -> None:
+        """Take a node's folder away, as if its disk was lost."""
+        (self.parties.folder / name).rename(self.folder / f"lost-{name}")
 
     def _enroll(self, helper: str) -> None:
         """Give a helper the new list of clients."""
