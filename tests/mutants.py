@@ -52,6 +52,7 @@ PER_EXAMPLE, BY_EXAMPLE = "fedpriv/tasks/per_example", "tests/tasks/test_tasks_p
 BOUNDING, PLAN, ACCOUNTING = "fedpriv/bounding.py", "fedpriv/privacy/plan.py", "fedpriv/privacy/accounting.py"
 
 AFTER_TRAINING = "tests/trained/test_trained_run.py"
+ADAPTED = "tests/tasks/test_tasks_adapters.py"
 MEMBER, CHAOS = "tests/deploy/test_deploy_member.py", "tests/deploy/test_deploy_chaos.py"
 ROTATED, RESTORED = "tests/deploy/test_deploy_rotation.py", "tests/deploy/test_deploy_backup.py"
 OPERATED = "tests/deploy/test_deploy_operation.py"
@@ -832,6 +833,48 @@ MUTANTS = [
         "for name, parameter in module.named_parameters() if parameter.requires_grad}",
         "for name, parameter in module.named_parameters()}",
         "tests/core/test_core_vectors.py",
+    ),
+    Mutant(
+        "adapters: frozen weights are trained beside a head",
+        "fedpriv/tasks/adapters/kinds.py",
+        "        module.requires_grad_(False)\n        for name in _wholly_trained",
+        "        for name in _wholly_trained",
+        ADAPTED,
+    ),
+    Mutant(
+        "adapters: A is trained with ffa-lora",
+        "fedpriv/tasks/adapters/kinds.py",
+        "    def _trains_a(self) -> bool:\n        return False",
+        "    def _trains_a(self) -> bool:\n        return True",
+        ADAPTED,
+    ),
+    Mutant(
+        "adapters: B A is added to the weights twice",
+        "fedpriv/tasks/adapters/factors.py",
+        "layer.merge(safe_merge=True)\n",
+        "layer.merge(), layer.merged_adapters.clear(), layer.merge()\n",
+        ADAPTED,
+    ),
+    Mutant(
+        "adapters: kept activations of other frozen layers are used",
+        "fedpriv/tasks/task.py",
+        "return digest, self.device, self._precision",
+        "return self.device, self._precision",
+        ADAPTED,
+    ),
+    Mutant(
+        "adapters: a full store keeps what was computed last",
+        "fedpriv/tasks/adapters/kept.py",
+        "if each not in used]",
+        "if each in used]",
+        ADAPTED,
+    ),
+    Mutant(
+        "adapters: a run is resumed with other frozen weights",
+        "fedpriv/experiment/recorder.py",
+        'data += f", frozen weights {frozen[:12]}"',
+        'data += ""',
+        ADAPTED,
     ),
     Mutant(
         "a table's numbers are scaled by what all rows hold",

@@ -107,7 +107,8 @@ class Population:
         return chosen_rows(self.inputs, rows), self.labels[at]
 
     @cached_property
-    def _kept(self) -> KeptActivations:
+    def kept(self) -> KeptActivations:
+        """The activations of frozen layers that this run uses."""
         return KeptActivations(self.task)
 
     def examples(self, client: int) -> tuple[Tensor, Tensor]:
@@ -117,7 +118,7 @@ class Population:
         see `Task.lower`.
         """
         inputs, labels = self._examples(client)
-        return (inputs if self.augment is not None else self._kept.of(client, inputs)), labels
+        return (inputs if self.augment is not None else self.kept.of(client, inputs)), labels
 
     def _examples(self, client: int) -> tuple[Tensor, Tensor]:
         if self._in_client_order is None or not isinstance(self.federation, Federation):

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -79,20 +78,21 @@ class Experiment:
         if not self.config.learns:
             return {}
         dataset = self.population.federation.dataset
-        return self.population.task.evaluate(model, self._test_inputs, dataset.test_labels)
+        inputs = self._lowered("test", dataset.test_inputs)
+        return self.population.task.evaluate(model, inputs, dataset.test_labels)
 
-    @cached_property
-    def _test_inputs(self) -> Tensor:
-        """The test inputs, or their activations if these never change; see `Task.lower`."""
-        inputs, task = self.population.federation.dataset.test_inputs, self.population.task
-        return task.lower(inputs) if len(inputs) * task.kept_floats <= MAX_KEPT_FLOATS else inputs
+    def _lowered(self, name: str, inputs: Tensor) -> Tensor:
+        """Return public inputs, or their activations if these never change and fit; see `Task.lower`."""
+        fits = len(inputs) * self.population.task.kept_floats <= MAX_KEPT_FLOATS
+        return self.population.kept.of(name, inputs) if fits else inputs
 
     def validate(self, model: Tensor) -> dict[str, float] | None:
         """Return the same on the validation examples; None if none are held out."""
         dataset = self.population.federation.dataset
         if dataset.validation_inputs is None or dataset.validation_labels is None or not self.config.learns:
             return None
-        return self.population.task.evaluate(model, dataset.validation_inputs, dataset.validation_labels)
+        inputs = self._lowered("validation", dataset.validation_inputs)
+        return self.population.task.evaluate(model, inputs, dataset.validation_labels)
 
     def with_method(self, config: Config) -> "Experiment":
         """Return an experiment with the same data, model and cohorts, and another config's method and privacy."""

@@ -273,9 +273,13 @@ def start_engine(experiment: Experiment, execution: Execution) -> tuple[Engine, 
     engine, workers = _engine_and_workers(experiment, execution, seconds.get(compute))
     fused = execution.client_noise != "faithful" and can_fuse(experiment.population.rules)
     population = without_noise(experiment.population) if fused else experiment.population
-    if engine == "ray":
-        clients = _ray(experiment, population, execution, compute, workers)
-    else:
+    try:
+        clients = _ray(experiment, population, execution, compute, workers) if engine == "ray" else None
+    except UserError:
+        if execution.engine == "ray" or execution.ray_address is not None:
+            raise
+        engine, workers, clients = "here", 1, None  # auto chose Ray, which does not start on a busy computer
+    if clients is None:
         clients = _COMPUTES[compute](population, execution.state_memory, execution.state_folder)
     rules = population.rules
     runner: Engine = clients if rules.sums is None else SecureSum(clients, rules.sums, rules)

@@ -310,10 +310,12 @@ class Recorder:
 
     @property
     def promise(self) -> str:
-        """The facts that all rounds of a run must share besides its config: data, noise and accountant."""
+        """The facts that all rounds of a run share besides its config: data, frozen weights, noise and accountant."""
         plan, data = self.experiment.plan, f"data {self.experiment.population.federation.fingerprint}"
         if self.ran.get("precision", "float32") != "float32":
             data += f", {self.ran['precision']}"
+        if (frozen := self.experiment.population.task.frozen_digest) is not None:
+            data += f", frozen weights {frozen[:12]}"
         if self.experiment.timeline is not None:
             data += f", timeline {self.experiment.timeline.fingerprint}"
         return data + terms_in_words(plan, ", one draw of clients' noise a round" if self._fused else "")

@@ -146,8 +146,8 @@ def reports_statement(promise: LocalReports, question: str) -> str:
         f"Mechanism: each of {promise.clients:,} clients draws one of its words, each equally likely, and sends one "
         f"randomized report ({promise.oracle}) about its first letters. A public draw, independent of all data, "
         "decides about which level of the tree. Over any two data sets of a client, the probabilities of its report "
-        "differ by a factor of at most e^epsilon. Coins have exact probabilities, rounded so "
-        "that epsilon is never exceeded. The candidates that a client is asked about depend on reports of others alone.",
+        "differ by a factor of at most e^epsilon. Coins have exact probabilities, rounded so that epsilon is never "
+        "exceeded. The candidates that a client is asked about depend on reports of others alone.",
         f"Analysis: {question}. The epsilon above covers the answer and everything computed from it.",
         "Composition: another analysis or training of the same clients adds its epsilon and its delta.",
         "Not covered:\n"

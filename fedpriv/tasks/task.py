@@ -144,10 +144,16 @@ class Task:
         """Number of floats of one example's activations that never change, which `lower` returns; 0 for none."""
         return self._module.kept_floats if isinstance(self._module, AdaptedModule) else 0
 
-    @property
+    @cached_property
     def frozen_digest(self) -> str | None:
         """A SHA-256 of the weights that are not trained; None if there are none."""
         return frozen_digest(self._module)
+
+    @property
+    def lower_key(self) -> tuple[object, ...]:
+        """A key that is equal for tasks whose `lower` returns the same tensors, to the bit."""
+        digest = self._module.lower_digest if isinstance(self._module, AdaptedModule) else None
+        return digest, self.device, self._precision
 
     def lower(self, inputs: Tensor) -> Tensor:
         """Return the activations `[examples, ...]` below the first trained parameter, which may replace the inputs.

@@ -22,6 +22,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import parse_config
@@ -241,14 +242,16 @@ def summarise(rows: list[dict[str, Any]], trials: Trials) -> pd.DataFrame:
 
 COLOURS = {
     "DP-FedAvg": "#000000",
-    "DP-FedAvg, momentum": "#999999",
     "normalized SGD": "#E69F00",
     "Clip21": "#009E73",
+    "public memory": "#8C564B",
     "alpha-NormEC": "#0072B2",
     "alpha-NormEC, SN": "#56B4E9",
     "alpha-NormEC, damped": "#D55E00",
     "alpha-NormEC, sent": "#CC79A7",
 }
+# What the server does with the sum: the suffix of a row's name, and its mark.
+MARKS = {"": "o", ", momentum": "D", ", Adam": "^"}
 
 
 CHANCE = 0.1
@@ -266,10 +269,13 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     for axes, name in zip(panels, names, strict=True):
         _draw_panel(axes, table[panel == name], name)
     panels[0].set_ylabel("test accuracy")
-    handles = {
-        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    handles = [Line2D([], [], color=colour, marker="s", linestyle="", label=name) for name, colour in COLOURS.items()]
+    marks = {"o": "plain server step", "D": "server momentum", "^": "server Adam"}
+    handles += [
+        Line2D([], [], color="#666666", marker=mark, linestyle="", markerfacecolor="white", label=label)
+        for mark, label in marks.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(
         "MNIST, 539 writers as clients, client-level privacy at delta = 1e-5: mean and standard deviation of 3 seeds\n"
         "SN: server normalization; sent: the memory adds up the noised messages. The panels have different ranges.",
@@ -280,11 +286,14 @@ def draw(table: pd.DataFrame, path: Path) -> None:
 
 def _draw_panel(axes: Axes, part: pd.DataFrame, title: str) -> None:
     settings = list(dict.fromkeys(part["setting"]))
-    for index, (method, colour) in enumerate(COLOURS.items()):
+    rows_of = [(name + suffix, colour, mark) for name, colour in COLOURS.items() for suffix, mark in MARKS.items()]
+    rows_of = [row for row in rows_of if row[0] in set(part["method"])]
+    for index, (method, colour, mark) in enumerate(rows_of):
         rows = part[part["method"] == method].set_index("setting")
-        if len(rows):
-            at = [settings.index(setting) + (index - 3.5) * 0.1 for setting in rows.index]
-            axes.errorbar(at, rows["accuracy"], yerr=rows["spread"], fmt="o", color=colour, label=method, markersize=5)
+        shift = 0.8 * ((index + 0.5) / len(rows_of) - 0.5)
+        at = [settings.index(setting) + shift for setting in rows.index]
+        fill = "white" if mark == "o" else colour
+        axes.errorbar(at, rows["accuracy"], yerr=rows["spread"], fmt=mark, color=colour, mfc=fill, markersize=5)
     if axes.get_ylim()[0] < 2 * CHANCE:
         axes.axhline(CHANCE, color="#666666", linestyle=":", linewidth=1, label="chance")
     for place in range(1, len(settings)):

@@ -123,6 +123,19 @@ def test_few_clients_do_not_start_workers_and_long_runs_do() -> None:
     assert not pay(experiment_of(training={"rounds": 10_000}), 2, None)
 
 
+def test_auto_does_without_ray_if_it_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: object) -> None:
+        raise UserError("--engine", "Ray to start within 30 seconds", "a computer that takes longer", "Wait")
+
+    monkeypatch.setattr(engines, "_workers_pay", lambda *_: True)
+    monkeypatch.setattr(engines, "_ray", slow)
+    runner, ran = start_engine(experiment_of(), Execution())
+    assert runner.name == ran.engine == ran.compute
+    assert ran.workers == 1
+    with pytest.raises(UserError, match="Ray to start"):
+        start_engine(experiment_of(), Execution(engine="ray"))
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_noise_is_fused_only_where_no_memory_keeps_it(name: str) -> None:
     """The state is the same with and without noise for every method with fused noise, and not for the others.

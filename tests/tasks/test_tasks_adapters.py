@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.build import assemble
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.execution import EngineName
+from fedpriv.experiment.watching import StopRun
 from fedpriv.tasks.adapters import ADAPTERS, AdaptedModule, FedSvd, FfaLora, Head, Lora, lora_layers, merged, svd_step
 from fedpriv.tasks.adapters.factors import lora_weight
-from fedpriv.tasks.adapters.kept import KeptActivations
+from fedpriv.tasks.adapters.kept import KeptActivations, KeptStore
 from fedpriv.tasks.per_example import PerExample, cross_entropies
 from fedpriv.tasks.per_example.rows import gradient_rows
 from fedpriv.tasks.task import Task
@@ -73,8 +75,8 @@ def factors(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
     return [(b.detach().flatten(1).clone(), a.detach().flatten(1).clone()) for b, a in pairs]
 
 
-def own_config(folder: Path, *settings: str, kind: str = "lora") -> Config:
-    (folder / "net.py").write_text(NET)
+def own_config(folder: Path, *settings: str, kind: str = "lora", net: str = NET) -> Config:
+    (folder / "net.py").write_text(net)
     tables = {
         "name": "own",
         "seed": 3,
@@ -229,7 +231,7 @@ def test_activations_that_mix_examples_are_not_kept() -> None:
 def test_activations_are_computed_once_for_each_client_that_fits() -> None:
     task = Task(Head(train=["6"]).adapted(convolutional(), (1, 7, 7), 0))
     inputs, _ = some_examples()
-    kept = KeptActivations(task, limit=5 * 6)
+    kept = KeptActivations(task, limit=5 * 6, store=KeptStore())
     first, second = kept.of(0, inputs), kept.of(1, inputs + 1.0)
     assert first.shape == (5, 6)
     assert kept.of(0, inputs) is first
@@ -237,6 +239,38 @@ def test_activations_are_computed_once_for_each_client_that_fits() -> None:
     assert kept.of(1, inputs + 1.0) is not second
     plain = Task(convolutional())
     assert KeptActivations(plain).of(0, inputs) is inputs
+
+
+def test_runs_share_the_activations_of_equal_frozen_layers_and_inputs() -> None:
+    def task(bias: float = 0.0, *, double: bool = False) -> Task:
+        made = convolutional()
+        with torch.no_grad():
+            made.get_parameter("0.bias").add_(bias)
+        if double:
+            cast(nn.Sequential, made)[1] = nn.LeakyReLU(0.5)
+        return Task(Head(train=["6"]).adapted(made, (1, 7, 7), 0))
+
+    store, (inputs, _) = KeptStore(), some_examples()
+    first = KeptActivations(task(), store=store).of(0, inputs)
+    assert KeptActivations(task(), store=store).of(4, inputs.clone()) is first
+    for other, given in ((task(bias=0.5), inputs), (task(double=True), inputs), (task(), inputs + 1.0)):
+        found = KeptActivations(other, store=store).of(0, given)
+        assert torch.equal(found, other.lower(given))
+        assert not torch.equal(found, first)
+
+
+def test_a_full_store_forgets_earlier_runs_but_nothing_of_the_present_one() -> None:
+    store, (inputs, _) = KeptStore(), some_examples()
+    task = Task(Head(train=["6"]).adapted(convolutional(), (1, 7, 7), 0))
+    before = KeptActivations(task, limit=2 * 5 * 6, store=store)
+    now = KeptActivations(task, limit=2 * 5 * 6, store=store)
+    old = [before.of(client, inputs + client) for client in (0, 1)]
+    kept = now.of(2, inputs + 2)
+    assert now.of(3, inputs + 3) is now.of(3, inputs + 3)
+    assert now.of(2, inputs + 2) is kept
+    assert now.of(4, inputs + 4) is not now.of(4, inputs + 4)
+    assert torch.equal(before.of(0, inputs), old[0])
+    assert before.of(0, inputs) is not old[0]
 
 
 def test_a_run_with_other_frozen_weights_is_not_loaded(tmp_path: Path) -> None:
@@ -248,6 +282,26 @@ def test_a_run_with_other_frozen_weights_is_not_loaded(tmp_path: Path) -> None:
     (out / "model.json").write_text(json.dumps({**facts, "frozen_sha256": "0" * 64}))
     with pytest.raises(UserError, match="the frozen weights of the run"):
         load_module(out)
+
+
+def test_a_run_is_not_resumed_with_other_frozen_weights(tmp_path: Path) -> None:
+    def stop(released: Any, _: Any) -> None:
+        if released["round"] == 1:
+            raise StopRun
+
+    file, out = tmp_path / "body.pt", tmp_path / "out"
+    net = NET.replace("    return", f"    body[1].load_state_dict(torch.load({str(file)!r}))\n    return")
+    tables = ("adapter.targets=", "adapter.rank=", "training.rounds=2")
+    config = own_config(tmp_path, *tables, kind="head", net=f"import torch\n{net}")
+    weights = nn.Linear(64, 12).state_dict()
+    torch.save(weights, file)
+    with pytest.raises(StopRun):
+        run_experiment(config, out, engine="loop", watch=stop)
+    torch.save({name: tensor + 0.001 for name, tensor in weights.items()}, file)
+    with pytest.raises(UserError, match=r"the same privacy terms and data .*frozen weights"):
+        run_experiment(config, out, engine="loop", resume=True)
+    torch.save(weights, file)
+    run_experiment(config, out, engine="loop", resume=True)
 
 
 def test_stages_with_other_outputs_are_refused() -> None:
@@ -346,6 +400,7 @@ def test_engines_and_kept_activations_change_no_bit(tmp_path: Path, monkeypatch:
     )
     for name, engine, limit in cases:
         monkeypatch.setattr("fedpriv.tasks.adapters.kept.MAX_KEPT_FLOATS", limit)
+        monkeypatch.setattr("fedpriv.tasks.adapters.kept._STORE", KeptStore())
         run_experiment(config, tmp_path / name, engine=engine)
         found.append((tmp_path / name / "model.safetensors").read_bytes())
     assert found[0] == found[1] == found[2]
@@ -366,3 +421,19 @@ def test_single_examples_are_protected_with_adapters(tmp_path: Path, kind: str) 
     summary = run_experiment(config, tmp_path / "out", engine="loop")
     assert summary is not None
     assert summary["private"]
+
+
+@needs_peft
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "fed-svd"])
+def test_ray_and_flower_train_the_same_adapters_as_the_loop(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("ray")
+    pytest.importorskip("flwr")
+    config = own_config(tmp_path, "training.rounds=2", "privacy.epsilon=8.0", "privacy.delta=1e-5", kind=kind)
+    engines: tuple[EngineName, ...] = ("loop", "ray", "flower")
+    for engine in engines:
+        run_experiment(config, tmp_path / engine, engine=engine)
+    loop, *others = [load_file(tmp_path / engine / "model.safetensors") for engine in engines]
+    for other in others:
+        assert all(torch.equal(other[name], tensor) for name, tensor in loop.items())
+    assert not torch.equal(loop["inner.5.bias"], load_file(tmp_path / "loop" / "initial.safetensors")["inner.5.bias"])

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from math import prod
 from typing import cast
 
@@ -40,12 +41,13 @@ class AdaptedModule(nn.Module):
         first = trained.index(True) if any(trained) else 0
         self._stages, self._first = stages, first  # tuples: the stages' layers belong to `inner` already
         self.kept_shape: tuple[int, ...] | None = None
+        self._input_shape = tuple(input_shape)
         if stages:
-            self._try_stages(tuple(input_shape))
+            self._try_stages()
 
-    def _try_stages(self, input_shape: tuple[int, ...]) -> None:
+    def _try_stages(self) -> None:
         """Check that the stages give the module's outputs, and find the shape of the activations to keep."""
-        example = torch.zeros(2, *input_shape)
+        example = torch.zeros(2, *self._input_shape)
         with torch.no_grad():
             kept = self._through(self._stages[: self._first], example)
             found = self._through(self._stages[self._first :], kept)
@@ -53,16 +55,20 @@ class AdaptedModule(nn.Module):
         if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-3, atol=1e-4):
             remedy = "Correct its property stages, or remove it"
             raise UserError("[model]", "stages with the outputs of the whole model", "different outputs", remedy)
-        separate = self._first > 0 and self._is_separate(example)
+        separate = self._first > 0 and self._is_separate()
         if separate and kept.shape[1:] != example.shape[1:] and kept.dtype == torch.float32:
             self.kept_shape = tuple(kept.shape[1:])
 
-    def _is_separate(self, example: Tensor) -> bool:
+    def _drawn(self) -> Tensor:
+        """Return two inputs of zeros and ones, drawn at random: they are valid as tokens, too."""
+        return torch.rand((2, *self._input_shape), generator=torch.Generator().manual_seed(0)).round()
+
+    def _is_separate(self) -> bool:
         """Return True if the activations of an example do not change beside different ones.
 
         Kept activations hide the lower stages from the check of bounds for single examples, which refuses such layers.
         """
-        drawn = torch.rand(example.shape, generator=torch.Generator().manual_seed(0)).round()  # also valid as tokens
+        drawn = self._drawn()
         with torch.no_grad():
             beside, other = (
                 self._through(self._stages[: self._first], x) for x in (drawn, torch.stack([drawn[0]] * 2))
@@ -73,6 +79,18 @@ class AdaptedModule(nn.Module):
     def kept_floats(self) -> int:
         """Number of floats of one example's activations that can be kept; 0 for none."""
         return 0 if self.kept_shape is None else prod(self.kept_shape)
+
+    @cached_property
+    def lower_digest(self) -> bytes:
+        """A SHA-256 of the stages below the first trained parameter: their structure, weights and some outputs."""
+        found = hashlib.sha256()
+        for stage in self._stages[: self._first]:
+            found.update(f"{type(stage)} {stage} ".encode())
+            for name, tensor in stage.state_dict().items():
+                _update(found, name, tensor)
+        for example in (torch.zeros(2, *self._input_shape), self._drawn()):
+            _update(found, "outputs", self.lower(example.to(next(self.parameters()).device)))
+        return found.digest()
 
     def lower(self, inputs: Tensor) -> Tensor:
         """Return the activations `[examples, *kept_shape]` below the first trained parameter."""
@@ -105,9 +123,13 @@ def frozen_digest(module: nn.Module) -> str | None:
     for name, tensor in module.state_dict().items():
         if name not in learned:
             some = True
-            found.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            _update(found, name, tensor)
     return found.hexdigest() if some else None
+
+
+def _update(found: "hashlib._Hash", name: str, tensor: Tensor) -> None:
+    found.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+    found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _stages_of(module: nn.Module) -> tuple[nn.Module, ...]:
