@@ -3,8 +3,8 @@
     python results/deployment/two_hours.py FOLDER [--minutes 120]    the deployment lives in FOLDER
     python results/deployment/two_hours_page.py FOLDER               compares models and ledgers, fills the page
 
-`SESSIONS` is the timetable: ten runs of secure aggregation with seeded noise, and what is done to server, nodes and
-helper after which round. Every action is logged with its time, exit code and output in `events.jsonl`, every new line
+`SESSIONS` is the timetable: ten runs of secure aggregation with seeded noise, and the actions on server, nodes and
+helper after a number of rounds. Every action is logged with its time, exit code and output in `events.jsonl`, every new line
 of a party's log in `seen.jsonl`. One node has its folder on a tmpfs, so that its disk can be filled; that takes root.
 """
 
@@ -71,7 +71,7 @@ absent = "leave-out"
 
 @dataclass(frozen=True)
 class Session:
-    """One run, and what happens to it.
+    """One run, and the actions during it.
 
     Args:
         minute: Planned start, in minutes of two hours.
@@ -139,7 +139,7 @@ SESSIONS = (
 
 @dataclass
 class Federation:
-    """The deployment, the clock and the log of what happens."""
+    """The deployment, the clock and the log of events."""
 
     folder: Path
     scale: float
@@ -189,7 +189,7 @@ class Federation:
                     file.write(json.dumps(row) + "\n")
 
     def rest(self, seconds: float) -> None:
-        """Wait, and log what the parties say meanwhile."""
+        """Wait, and log the output of the parties."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0.0:
             time.sleep(min(left, 2.0))
