@@ -4,8 +4,9 @@
     python results/deployment/two_hours_page.py FOLDER               compares models and ledgers, fills the page
 
 `SESSIONS` is the timetable: ten runs of secure aggregation with seeded noise, and the actions on server, nodes and
-helper after a number of rounds. Every action is logged with its time, exit code and output in `events.jsonl`, every new line
-of a party's log in `seen.jsonl`. One node has its folder on a tmpfs, so that its disk can be filled; that takes root.
+helper after a number of rounds. Every action is logged with its time, exit code and output in
+`events.jsonl`, every new line of a party's log in `seen.jsonl`. One node has its folder on a tmpfs, so that its disk
+can be filled; that takes root.
 """
 
 import argparse
