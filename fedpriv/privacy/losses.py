@@ -68,7 +68,7 @@ _MAX_TILTS = 5
 MAX_SUMS = 2**20
 """Maximum points of a transform, if a smaller tilt makes that possible."""
 _SHARED, _MAX_SHARED = 16, 2**16
-"""Rounds whose transforms are kept for other numbers of rounds, and the most points of one that is kept."""
+"""Rounds with transforms that are kept for other numbers of rounds, and the most points of one that is kept."""
 
 
 class Half(NamedTuple):

@@ -1,4 +1,4 @@
-"""An expert's rounds of equal work: what one gets in plain PyTorch with effort, for one model and one machine.
+"""An expert's rounds of equal work: plain PyTorch with effort, for one model and one machine.
 
 The messages have the same bound and are added in float64 on the same kind of grid as fedpriv's, and the noise is
 float64. Dense networks take all clients of a cohort in batched products; convolutional networks take one client after

@@ -3,8 +3,10 @@
     python results/deployment/two_hours.py FOLDER [--minutes 120]    the deployment lives in FOLDER
     python results/deployment/two_hours_page.py FOLDER               compares models and ledgers, fills the page
 
-`SESSIONS` is the timetable: ten runs of secure aggregation with seeded noise, with the treatment of server, nodes and helper by round. Every action is logged with its time, exit code and output in `events.jsonl`, every new line
-of a party's log in `seen.jsonl`. One node has its folder on a tmpfs, so that its disk can be filled; that takes root.
+`SESSIONS` is the timetable: ten runs of secure aggregation with seeded noise, and the actions on server, nodes and
+helper after a number of rounds. Every action is logged with its time, exit code and output in
+`events.jsonl`, every new line of a party's log in `seen.jsonl`. One node has its folder on a tmpfs, so that its disk
+can be filled; that takes root.
 """
 
 import argparse
@@ -70,7 +72,7 @@ absent = "leave-out"
 
 @dataclass(frozen=True)
 class Session:
-    """One run, and the events in it.
+    """One run, and the actions during it.
 
     Args:
         minute: Planned start, in minutes of two hours.
@@ -219,7 +221,7 @@ class Federation:
             "wait": lambda seconds: self.rest(float(seconds)),
             "fill": self._fill,
             "free": lambda name: (self.parties.folder / name / "filler").unlink(),
-            "lose": lambda name: (self.parties.folder / name).rename(self.folder / f"lost-{name}"),
+            "lose": self._lose,
             "enroll": self._enroll,
             "resume": self._resume,
         }
@@ -254,6 +256,10 @@ class Federation:
                 with suppress(OSError):
                     while file.write(b"\0" * size):
                         pass
+
+    def _lose(self, name: str) -> None:
+        """Take a node's folder away, as if its disk was lost."""
+        (self.parties.folder / name).rename(self.folder / f"lost-{name}")
 
     def _enroll(self, helper: str) -> None:
         """Give a helper the new list of clients."""

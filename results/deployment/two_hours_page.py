@@ -79,7 +79,7 @@ def replayed(config: Path, rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def _without(saved: dict[str, torch.Tensor], lost: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Return the saved states of an engine without those of some clients, which then start again."""
+    """Return the saved states of an engine without those of some clients, which then start with new ones."""
     kept = torch.tensor([client not in lost for client in saved["clients"].tolist()], dtype=torch.bool)
     return {name: tensor[kept] for name, tensor in saved.items()}
 
@@ -150,7 +150,7 @@ def draw(frame: pd.DataFrame, events: Sequence[Mapping[str, Any]]) -> None:
         top.plot(part["minute"], part["asked"], color="0.75", linewidth=1, zorder=1)
         top.plot(part["minute"], part["counted"], "o-", color=colour, markersize=3.5, linewidth=1)
     top.set(ylabel="clients", ylim=(0, frame["asked"].max() + 0.6))
-    top.set_title("Clients whose message counted in a round (dots), of those that were asked (grey)", fontsize=10)
+    top.set_title("Counted clients of each round (dots), of those that were asked (light line)", fontsize=10)
     lanes = list(LANES)
     for event in events:
         if event["action"].startswith(QUIET):

@@ -1,8 +1,8 @@
 """Audits find the product guilty with injected faults, and not guilty without."""
 
 from collections.abc import Callable
-from typing import Any
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest

@@ -531,7 +531,7 @@ def test_reading_the_ledger_changes_nothing(device: Device) -> None:
         file.write(b'{"run": "r1"')
     before = path.read_bytes()
     Ledger(device.folder).entries()
-    assert "1 messages" in account_of(device.folder, 8.0, 1e-5, "replace")
+    assert "1 message of" in account_of(device.folder, 8.0, 1e-5, "replace")
     assert path.read_bytes() == before
 
 

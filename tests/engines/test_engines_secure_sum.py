@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.noise_faults import Share, replace_shares
 from support.federations import Setting, setting
 from support.helpers import EXAMPLES, same
+from support.noise_faults import Share, replace_shares
 from torch import Tensor
 
 from fedpriv.engines import Engine, LoopEngine, Population, VectorizedEngine

@@ -26,7 +26,7 @@ __all__ = ["DAMAGED", "DeploymentView", "NodeView", "RunView", "view_of"]
 _PARTICIPATION = "participation.jsonl"
 _ELSEWHERE = "at the node"
 DAMAGED = "damaged records"
-"""The budget of a node whose policy or ledger cannot be read; `fedpriv deploy check` names the file."""
+"""The budget of a node without a readable policy or ledger; `fedpriv deploy check` names the file."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 With trust local, every client sends one randomized report, in a simulation in this process (`analytics.heavy.local`).
 With trust central or aggregator, each level is an ordinary analysis of one round about `prefixes`, in another
-run directory. All clients take part in all levels, and the levels are together one Gaussian mechanism: each has the noise
-of a single round times the root of the number of levels.
+run directory. All clients take part in all levels, and the levels are together one Gaussian mechanism: each has the
+noise of a single round times the root of the number of levels.
 """
 
 import math
