@@ -10,8 +10,10 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["about_compiled", "address_of", "native_library"]
 
@@ -37,7 +39,7 @@ def native_library(source: Path, declare: Callable[[ctypes.CDLL], None]) -> ctyp
     return library
 
 
-def address_of(array: np.ndarray) -> int:
+def address_of(array: "np.ndarray") -> int:
     """Return the address of an array's numbers: `array.ctypes.data`, in a third of the time if it is writable."""
     if not array.flags.writeable or not array.size:
         return array.ctypes.data

@@ -348,7 +348,9 @@ def diverging(*partitions):
 @PRIVACY
 def test_a_run_whose_updates_were_all_not_finite_ends_as_an_error_and_keeps_its_model(privacy, tmp_path, caplog):
     strategy = DPFedAvg(privacy=privacy, num_clients=CLIENTS, seed=1)
-    with pytest.raises(UserError, match=r"the run: expected updates of finite numbers, got 10 updates that are not"):
+    with pytest.raises(
+        UserError, match=r"the run: expected updates of finite numbers, got 10 updates with values that are not"
+    ):
         start(strategy, InProcessGrid(diverging(*range(CLIENTS)), CLIENTS), rounds=2)
     assert "round 1: 5 updates were not finite" in caplog.text
     assert [file.name for file in tmp_path.iterdir()] == ["fedpriv-model-after-round-2.safetensors"]

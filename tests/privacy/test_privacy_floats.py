@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from support.noise_faults import rows_by
 from torch import Tensor
 
 import fedpriv.mechanisms.noise
@@ -148,6 +149,7 @@ def test_the_attack_is_certain_without_the_rounding(trust: TrustName, monkeypatc
         return values.double() + torch.from_numpy(noise).double()
 
     monkeypatch.setattr(fedpriv.mechanisms.noise, "_released", float_noise)
+    monkeypatch.setattr(fedpriv.mechanisms.noise, "release_rows", rows_by(float_noise))
     assert ATTACKS[trust](plan_of(trust)) == 0
 
 
