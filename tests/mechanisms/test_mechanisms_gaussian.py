@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import mpmath
 import numpy as np
@@ -322,6 +323,27 @@ def test_releases_are_the_same_numbers_with_and_without_c(
             assert np.array_equal(found[-1][0], (steps * release_grid(stddev)).astype(kind))
         assert found[-2].tobytes() == found[-1].tobytes()
         assert found[-1].dtype == kind
+    philox.philox_in_c.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["numpy", "C"])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_rows_of_one_call_have_the_noise_of_their_own_sources(
+    name: str, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sources are seeded and untouched, so that one call of C makes the words of all rows."""
+    use(name, monkeypatch)
+    philox.philox_in_c.cache_clear()
+    values, clients = np.zeros((3, 500), dtype=kind), (0, 5, 2**33)
+
+    def source(client: int) -> Any:
+        return SeededStreams(4).source(Purpose.CLIENT_NOISE, 2, client)
+
+    together = gaussian.noised_rows(values, 0.5, [source(client) for client in clients], level=1000)
+    for row, client in zip(together, clients, strict=True):
+        wanted = rounded_noise(np.zeros(500), 0.5, source(client)) * release_grid(0.5)
+        assert np.array_equal(row, wanted.astype(kind))
+    assert not np.array_equal(together[0], together[1])
     philox.philox_in_c.cache_clear()
 
 
