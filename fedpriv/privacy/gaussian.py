@@ -64,7 +64,9 @@ def gaussian_epsilon(shift: float, delta: float) -> float:
 
 def exceeds_gaussian(epsilon: float, shift: float, delta: float) -> bool:
     """Return True if `epsilon` is at least `gaussian_epsilon`, found without a search."""
-    return shift <= MAX_SHIFT and (shift == 0.0 or gaussian_delta(epsilon, shift) <= delta * (1.0 - _SAFE))
+    if shift > MAX_SHIFT or shift == 0.0 or math.isinf(epsilon):
+        return shift <= MAX_SHIFT
+    return gaussian_delta(epsilon, shift) <= delta * (1.0 - _SAFE)
 
 
 def gaussian_tradeoff(false_alarms: np.ndarray, shift: float) -> np.ndarray:

@@ -16,7 +16,7 @@ from support.helpers import brief
 
 from fedpriv.privacy import Adjacency, FixedSize, Poisson, Sampling, trust_of
 from fedpriv.privacy.accounting import Releases
-from fedpriv.privacy.gaussian import gaussian_delta, gaussian_epsilon, gaussian_tradeoff
+from fedpriv.privacy.gaussian import exceeds_gaussian, gaussian_delta, gaussian_epsilon, gaussian_tradeoff
 from fedpriv.privacy.losses import Composition, Half, Losses, losses_of_one_round
 
 CUT, GRID = math.log(1e-40), 1.001
@@ -174,6 +174,25 @@ def test_rounds_of_different_kinds_compose_as_dp_accounting_has_it() -> None:
 
 SAMPLED = {"poisson": Poisson(10**6, 1e-3), "fixed": FixedSize(10**6, 10**3)}
 ADJACENCIES: tuple[Adjacency, ...] = ("add-or-remove", "replace")
+
+
+def test_epsilons_of_many_rounds_share_transforms_and_stay_the_same() -> None:
+    """All numbers of rounds from one object of losses, and each from as many separate ones, which share nothing."""
+    pair, delta, numbers = hidden(Poisson(1000, 0.05)).pairs[0], 1e-5, (1, 15, 16, 33)
+    shared = losses_of_one_round(*pair, 1.1, CUT, 2.0**-8)
+    for rounds in numbers:
+        alone = Composition([(losses_of_one_round(*pair, 1.1, CUT, 2.0**-8), 1) for _ in range(rounds)])
+        assert Composition([(shared, rounds)]).epsilon(delta) == pytest.approx(alone.epsilon(delta), rel=1e-9)
+
+
+def test_an_epsilon_exceeds_that_of_a_gaussian_where_a_search_finds_it() -> None:
+    for shift, delta in ((0.3, 1e-5), (2.0, 1e-9), (900.0, 1e-5)):
+        exact = gaussian_epsilon(shift, delta)
+        assert exceeds_gaussian(exact * (1.0 + 1e-9), shift, delta)
+        assert not exceeds_gaussian(exact * (1.0 - 1e-7), shift, delta)
+        assert exceeds_gaussian(math.inf, shift, delta)
+    assert exceeds_gaussian(0.0, 0.0, 1e-5)
+    assert not exceeds_gaussian(math.inf, 1001.0, 1e-5)
 
 
 def renyi(adjacency: Adjacency, sampling: Sampling, noise: float, rounds: int, delta: float) -> float:
