@@ -77,8 +77,6 @@ GAUSSIAN, TAILS, STREAMS = "fedpriv/mechanisms/gaussian.py", "fedpriv/mechanisms
 SAMPLING, TRUST = "fedpriv/privacy/sampling.py", "fedpriv/privacy/trust.py"
 SAMPLED, STREAMED = "tests/mechanisms/test_mechanisms_gaussian.py", "tests/core/test_core_streams.py"
 SPENDING, SPENT = "fedpriv/report/spent.py", "tests/report/test_report_spent.py"
-SAMPLED, STREAMED = "tests/mechanisms/test_mechanisms_gaussian.py", "tests/core/test_core_streams.py"
-SPENDING, SPENT = "fedpriv/report/spent.py", "tests/report/test_report_spent.py"
 SPENDING_TUNED = "fedpriv/report/spent_tuning.py"
 PROMISED = "tests/privacy/test_privacy_promises.py"
 

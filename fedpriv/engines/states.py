@@ -157,7 +157,7 @@ class StateStore(Generic[ClientStateT]):
         self._slots[client] = 0
 
     def addresses(self, client: int) -> tuple[int, ...]:
-        """Return the addresses of the fields of a client's state, valid until the next call of the store.
+        """Return the addresses of the fields of a client's state; with a capacity, valid until the next call alone.
 
         Only for a store in the CPU's memory. Raises as `borrowed` does.
         """

@@ -21,7 +21,7 @@ import numpy as np
 from fedpriv.errors import UserError
 from fedpriv.mechanisms.tails import Tail
 from fedpriv.native import address_of, native_library
-from fedpriv.philox import philox_in_c
+from fedpriv.philox import PhiloxInC, philox_in_c
 from fedpriv.streams import PhiloxStart, SeededSource, Words
 
 __all__ = ["MAX_STDDEV", "MAX_STEPS", "MIN_STDDEV", "noised", "noised_rows", "release_grid", "rounded_noise"]
@@ -234,9 +234,9 @@ def _agrees(in_c: "_RoundInC") -> bool:
     words, values = np.random.Philox(0).random_raw(_BLOCK), np.linspace(-9.0, 9.0, _BLOCK).astype(np.float32)
     for ratio in (_MAX_RATIO, _MAX_COARSE_RATIO):
         found, expected = np.zeros((2, _BLOCK), dtype=np.int64)
-        exact, terms = values.astype(np.float64), _Terms(ratio, 1.0, 2000)
-        undecided = _round_in_numpy(words, exact, ratio, 1.0, expected)
-        if in_c(words, exact, ratio, 1.0, found) != undecided or not np.array_equal(found, expected):
+        exact, terms = values.astype(np.float64), _Terms(0.25 * ratio, 0.25, 2000)
+        undecided = _round_in_numpy(words, exact, terms.stddev, terms.grid, expected)
+        if in_c(words, exact, terms.stddev, terms.grid, found) != undecided or not np.array_equal(found, expected):
             return False
         for given in (exact, values):
             released = np.zeros_like(given)
@@ -247,7 +247,31 @@ def _agrees(in_c: "_RoundInC") -> bool:
             released[undecided] = terms.number(expected)[undecided]
             if not np.array_equal(released, terms.number(expected)):
                 return False
+    return philox_in_c() is None or _rows_agree(in_c)
+
+
+def _rows_agree(in_c: "_RoundInC") -> bool:
+    """Return True if rows in one call equal each row alone, with its own words; they are longer than a block of C."""
+    starts, terms = [PhiloxStart((1, 2), 0), PhiloxStart((3, 4), 5)], _Terms(5.3 * 0.25, 0.25, 2000)
+    for kind in (np.float32, np.float64):
+        values = np.linspace(-9.0, 9.0, 2 * 300).reshape(2, -1).astype(kind)
+        together, alone = np.zeros((2, 2, 300), dtype=kind)
+        undecided = in_c.decide_rows(values, terms, starts, together)
+        expected: list[int] = []
+        for row, start in enumerate(starts):
+            left = in_c.release(_philox().words(start.key, start.position, 300), values[row], terms, alone[row])
+            expected += [row * 300 + place for place in left]
+        if undecided != expected or not np.array_equal(together, alone):
+            return False
     return True
+
+
+def _philox() -> PhiloxInC:
+    """Return the C form of the words' generator, which must be in use."""
+    found = philox_in_c()
+    if found is None:
+        raise ValueError("words are made in C, which is not in use")
+    return found
 
 
 def _round_in_numpy(
@@ -330,20 +354,23 @@ class _RoundInC:
         released: np.ndarray,
     ) -> None:
         """Write the releases of rows with words of these keys and positions; each source gives further bits."""
-        philox = philox_in_c()
-        if philox is None:
-            raise ValueError("words are made in C, which is not in use")
+        size = values.shape[1]
+        for index in self.decide_rows(values, terms, starts, released):
+            row, place = divmod(index, size)
+            position = starts[row].position + place
+            word = int(_philox().words(starts[row].key, position, 1)[0])
+            released[row, place] = terms.exact(float(values[row, place]), Tail(sources[row], position, word))
+
+    def decide_rows(
+        self, values: np.ndarray, terms: _Terms, starts: Sequence[PhiloxStart], released: np.ndarray
+    ) -> list[int]:
+        """Write the releases that floating point can decide; return the flat positions of the others."""
         (rows, size), doubles = values.shape, int(values.dtype == np.float64)
         streams = np.array([(*start.key, start.position) for start in starts], dtype=np.uint64)
         undecided = np.empty(rows * size, dtype=np.int64)
         from_, into, found = address_of(values), address_of(released), address_of(undecided)
-        made = self._terms(terms), philox.address, address_of(streams), rows, size, doubles
-        count = self._rows(*made, from_, into, found)
-        for index in undecided[:count].tolist() if count else ():
-            row, place = divmod(int(index), size)
-            position = starts[row].position + place
-            word = int(philox.words(starts[row].key, position, 1)[0])
-            released[row, place] = terms.exact(float(values[row, place]), Tail(sources[row], position, word))
+        made = self._terms(terms), _philox().address, address_of(streams), rows, size, doubles
+        return undecided[: self._rows(*made, from_, into, found)].tolist()
 
     def _run(
         self, function: "_InC", words: np.ndarray, values: np.ndarray, terms: _Terms, out: np.ndarray

@@ -31,8 +31,8 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 # Most floats of inputs that go through the module at once. Activations are many times larger, so full gradients of
 # thousands of images are summed piece by piece. The pieces affect rounding; they are the same in every engine.
 MAX_PIECE_FLOATS = 2**22
-# Most floats of one layer's outputs in an evaluation: 32 MB. The C library clears larger blocks anew for every use, and
-# they do not fit a processor's cache.
+# Most floats of one layer's outputs in an evaluation: 32 MB. For larger blocks, the C library asks the system
+# for memory at every use, which has to be cleared, and they do not fit a processor's cache.
 _MAX_OUTPUT_FLOATS = 8_000_000
 
 

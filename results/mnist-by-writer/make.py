@@ -250,7 +250,7 @@ COLOURS = {
     "alpha-NormEC, damped": "#D55E00",
     "alpha-NormEC, sent": "#CC79A7",
 }
-# What the server does with the sum: the suffix of a row's name, and its mark.
+# Marks of the server's optimizers, by the suffix of a row's name.
 MARKS = {"": "o", ", momentum": "D", ", Adam": "^"}
 
 
