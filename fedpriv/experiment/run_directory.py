@@ -321,7 +321,8 @@ class RunDirectory:
             found = stamp.read_text(errors="replace").strip() if stamp.exists() else "unknown"
             if found != digest:
                 what = f"a different experiment ({_difference(config, toml)})"
-                raise UserError(str(self.path), "a folder without a run", what, "Choose another --out, or remove it")
+                expected = "this experiment, to resume it" if resume else "a folder without a run"
+                raise UserError(str(self.path), expected, what, "Choose another --out, or remove it")
             if not resume:
                 raise UserError(
                     str(self.path),
