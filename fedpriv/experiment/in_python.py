@@ -11,6 +11,7 @@ from typing import ClassVar, cast
 import torch
 from torch import nn
 
+from fedpriv.checks import is_whole
 from fedpriv.data.augment import Augmentation
 from fedpriv.data.dataset import Dataset, DatasetSource
 from fedpriv.data.labels import labels_as
@@ -183,6 +184,10 @@ class Experiment:
 
     def _check_kinds(self) -> None:
         """Raise UserError for an argument of another kind, such as a class or a name in place of an object."""
+        if not is_whole(self.seed):
+            raise UserError("seed", "a whole number", repr(self.seed), "Give seed a number")
+        if not isinstance(self.name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UserError("name", "a text", repr(self.name), "Give name a text")
         for name, member, example in (
             ("method", "client_rule", "fedpriv.methods.DPFedAvg()"),
             ("local", "batches", "fedpriv.tasks.local_work.LocalSteps(steps=5, client_lr=0.1)"),
@@ -278,6 +283,9 @@ def _task_kind(task: TaskKind | Callable[[torch.Tensor, torch.Tensor], torch.Ten
 def _model_source(model: object) -> ModelSource:
     if isinstance(model, nn.Module):
         return _module_source(model)
+    if isinstance(model, type) and model.__module__.startswith("torch.nn."):
+        remedy = f"Give model an object, such as torch.nn.{model.__name__}(...)"
+        raise UserError("model", "a torch module", f"the class {model.__name__}", remedy)
     if hasattr(model, "build") and hasattr(model, "parameters"):
         return cast(ModelSource, model)
     made = OwnModule.of(model, "model", getattr(model, "__name__", "model"))

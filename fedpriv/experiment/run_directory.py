@@ -332,6 +332,8 @@ class RunDirectory:
                 )
             self._shut()
             return self._finished(digest)
+        if self.file("trials").is_dir():
+            raise UserError(str(self.path), "a folder without a sweep", "a folder with one", "Choose another --out")
         foreign = [name for name in (*FILES, self.checkpoint.path.name) if self.file(name).exists()]
         if foreign:
             raise UserError(
