@@ -130,7 +130,7 @@ def compare_runs(paths: Sequence[Path | str]) -> pd.DataFrame:
 
 
 def _no_finished_run(path: Path) -> UserError:
-    """Return the error for a folder that is no run with a model, or whose run has not ended."""
+    """Return the error for a folder without a finished run of a model."""
     where, wanted = str(path), "the folder of a finished run"
     if not path.is_dir():
         return UserError(where, wanted, "a path without a folder", "Create one with: fedpriv run CONFIG")

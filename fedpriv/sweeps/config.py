@@ -54,7 +54,7 @@ class Axis:
         ranged = (self.first, self.to, self.count)
         if not self.values and all(part is None for part in ranged):
             expected, remedy = "values, or from, to and count", "Write values = [...] with at least one value"
-            raise UserError(f"axis {self.name}", expected, "no value", remedy)
+            raise UserError(f"axis {self.name}", expected, "an empty list", remedy)
         if bool(self.values) == any(part is not None for part in ranged) or (not self.values and None in ranged):
             raise UserError(
                 f"axis {self.name}", "values, or from, to and count", "a part of them, or both", "Set one of the two"

@@ -120,7 +120,7 @@ def refuse_lazy(module: nn.Module, where: str) -> None:
             place, _, part = name.rpartition(".")
             owner = type(module.get_submodule(place)).__name__
             remedy = f"Give {place or 'the module'} its size, such as torch.nn.Linear(in_features, ...)"
-            got = f"{owner}, whose {part} is made in the first call"
+            got = f"{owner}, which makes its {part} in the first call"
             raise UserError(where, "a model with all its parameters", got, remedy)
 
 

@@ -85,7 +85,9 @@ def test_an_own_method_with_a_mistake_is_named_with_file_and_line(
 def test_layers_without_sizes_are_refused_with_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "net.py").write_text(NET)
     config = config_in(tmp_path, BASE.replace('"softmax"', '"./net.py:lazy"'))
-    assert "got LazyLinear, whose weight is made in the first call. Give 1 its size" in line_of(capsys, "check", config)
+    assert "got LazyLinear, which makes its weight in the first call. Give 1 its size" in line_of(
+        capsys, "check", config
+    )
     with pytest.raises(UserError, match="model: expected a model with all its parameters, got LazyLinear"):
         experiment(model=nn.LazyLinear(2)).plan()
 
@@ -199,7 +201,7 @@ def test_a_refused_sweep_leaves_no_trials_and_keeps_out_of_runs(
     assert "Did you mean 'method'?" in line_of(capsys, "sweep", unknown, "--out", out)
     assert not (out / "trials").exists()
     empty = sweep_file(tmp_path, '[[axis]]\nkey = "seed"\nvalues = []\n')
-    assert "got no value. Write values = [...]" in line_of(capsys, "sweep", empty, "--out", out)
+    assert "got an empty list. Write values = [...]" in line_of(capsys, "sweep", empty, "--out", out)
     grid = sweep_file(tmp_path, '[[axis]]\nkey = "seed"\nvalues = [1]\n')
     assert "expected a folder for a sweep, got the folder of a run" in line_of(capsys, "sweep", grid, "--out", run)
     (out / "trials").mkdir(parents=True)

@@ -152,7 +152,7 @@ def test_a_run_on_texts_reads_files_of_texts(
     assert inputs.shape == (12, 3)
     assert labels.tolist() == [int(i % 3 > 0) for i in range(12)]
     (tmp_path / "other.csv").write_text("words\nfilm\n")
-    with pytest.raises(UserError, match="data.text: expected a column of other.csv, got 'sentence'"):
+    with pytest.raises(UserError, match=r"data\.text: expected a column of other\.csv, got 'sentence'"):
         read_inputs(trained, tmp_path / "other.csv")
     with pytest.raises(SystemExit) as ended:
         main(["predict", str(tmp_path / "run"), "--inputs", str(tmp_path / "all.csv")])
