@@ -142,7 +142,7 @@ class Experiment:
         natural = source.natural if dataset is None else dataset.groups is not None
         if not natural and self.clients is None:
             remedy = "Give clients=..., the number of simulated clients, or client=..., the column of the clients' ids"
-            raise UserError("clients", "a number of clients, because the data name none", "None", remedy)
+            raise UserError("clients", "a number of clients", "data that name no clients", remedy)
         partition = self.partition or (Natural() if natural and self.clients is None else Iid())
         test = self.test
         if isinstance(partition, Natural) and test is None:

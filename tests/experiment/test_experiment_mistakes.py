@@ -112,7 +112,7 @@ def test_a_reference_without_a_name_or_a_file_says_which(
         ({"evaluate_every": "1"}, "training.evaluate_every: expected at least 1, got '1'"),
         ({"seed": "1"}, "seed: expected a whole number, got '1'"),
         ({"name": 3}, "name: expected a text, got 3"),
-        ({"client": None, "inputs": ["age"]}, "clients: expected a number of clients, because the data name none"),
+        ({"client": None, "inputs": ["age"]}, "clients: expected a number of clients, got data that name no clients"),
         ({"model": nn.Linear}, "model: expected a torch module, got the class Linear"),
         ({"data": [], "client": None, "label": None}, "data: expected a list of clients, .* got an empty one"),
         ({"data": FRAME.iloc[:0]}, "expected inputs with at least one row"),
