@@ -128,7 +128,7 @@ def test_arguments_of_a_wrong_kind_are_one_line(changes: dict[str, Any], wanted:
     ("made", "wanted"),
     [
         (lambda: DPFedAvg(clip_norm="1"), "method.clip_norm: expected a positive number, got '1'"),  # type: ignore[arg-type]
-        (lambda: DPFedAvg(server_lr=None), "method.server_lr: expected a positive number, got None"),  # type: ignore[arg-type]
+        (lambda: DPFedAvg(server_lr=[1.0]), r"method.server_lr: expected a positive number, got \[1.0\]"),  # type: ignore[arg-type]
         (
             lambda: experiment(privacy=fedpriv.Privacy(epsilon="8")).plan(),  # type: ignore[arg-type]
             "privacy.epsilon: expected a finite number above 0 .*, got '8'",
