@@ -103,7 +103,7 @@ def test_after_a_charge_of_all_nothing_more_is_released(node: Path) -> None:
         with pytest.raises(Refusal, match="epsilon after another message") as caught:
             ask(device_of(node, epsilon), instructions(), terms(run="another"))
         assert caught.value.kind == "budget"
-    assert "charged     epsilon inf" in account_of(node / "state", 8.0, 1e-5, "replace")
+    assert "charged     the whole budget for releases" in account_of(node / "state", 8.0, 1e-5, "replace")
 
 
 def test_a_charge_counts_in_every_later_release(node: Path) -> None:

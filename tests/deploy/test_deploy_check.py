@@ -6,6 +6,7 @@ import threading
 from email.utils import format_datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 from deploy_names import HOST
 
@@ -77,6 +78,11 @@ def key_of_another_kind(folder):
 
 def key_of_another_certificate(folder):
     (folder / "server" / "server.key").write_bytes((folder / "ca" / "ca.key").read_bytes())
+
+
+def own_file_without_labels(folder):
+    np.savez(folder / "node-0" / "me.npz", inputs=np.zeros((2, 3)))
+    change(folder / "node-0" / "fedpriv-client.toml", 'own = ""', 'own = "me.npz"')
 
 
 DAMAGE = {
@@ -158,6 +164,26 @@ DAMAGE = {
         "node-0",
         lambda d: change(d / "node-0" / "fedpriv-client.toml", "epsilon = 8.0", "epsilon = -1"),
         "limits.epsilon: expected a finite number above 0",
+    ),
+    "data folder": (
+        "node-0",
+        lambda d: change(d / "node-0" / "node.toml", '# data-root = "/path/to/data"', 'data-root = "/none/data"'),
+        "data-root: expected an existing folder, got /none/data",
+    ),
+    "own data": (
+        "node-0",
+        lambda d: change(d / "node-0" / "fedpriv-client.toml", 'own = ""', 'own = "me.npz"'),
+        "me.npz: expected this client's own data, got No such file",
+    ),
+    "own data of another kind": (
+        "node-0",
+        own_file_without_labels,
+        "expected inputs, labels and classes, got no classes, labels",
+    ),
+    "own data that are no archive": (
+        "node-0",
+        lambda d: change(d / "node-0" / "fedpriv-client.toml", 'own = ""', 'own = "node.toml"'),
+        "expected an .npz file, got another format",
     ),
     "insecure": (
         "admin",

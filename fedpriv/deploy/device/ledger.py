@@ -332,7 +332,8 @@ def account_of(folder: Path, epsilon: float, delta: float, adjacency: Adjacency,
     adversary = max(trusts, key=lambda trust: trust.reliance, default=Local()).adversary
     all_runs = in_words(spent(entries, delta_left, adjacency, unit) + charged)
     if charged:
-        lines.append(f"charged     epsilon {in_words(charged)} for releases that a restored copy lacked")
+        much = "the whole budget" if math.isinf(charged) else f"epsilon {in_words(charged)}"
+        lines.append(f"charged     {much} for releases that a restored copy lacked")
     total = f"epsilon {all_runs} of {epsilon:g} at delta = {delta:g}, {adjacency} adjacency, for one {unit}"
     return "\n".join([*lines, f"spent       {total}, all runs together", f"adversary   {adversary}"])
 
