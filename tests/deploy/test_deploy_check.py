@@ -12,6 +12,7 @@ from deploy_names import HOST
 
 from fedpriv.cli import main
 from fedpriv.deploy.checks import MANIFEST, check_server, split_address
+from fedpriv.deploy.device.ledger import account_of
 from fedpriv.deploy.setup.certificates import Authority, Pair, make_node_key
 from fedpriv.deploy.setup.provision import Deployment, init_deployment
 from fedpriv.errors import UserError
@@ -253,6 +254,12 @@ def test_a_node_has_room_to_write_its_largest_memory_once_more(deployment, capsy
     leave(monkeypatch, 150 * MIB)
     code, printed = check(capsys, deployment / "node-0")
     assert (code, "space wrong 150 MiB free" in printed) == (2, True)
+
+
+def test_a_node_says_what_is_left_of_its_budget_and_names_no_adversary_yet(deployment, capsys):
+    assert "complete, with 0 lines; epsilon left: 8 of 8" in check(capsys, deployment / "node-0")[1]
+    assert account_of(deployment / "node-0" / "state", 8.0, 1e-5, "replace").startswith("spent       epsilon 0 of 8")
+    assert "adversary" not in account_of(deployment / "node-0" / "state", 8.0, 1e-5, "replace")
 
 
 def test_a_policy_for_smaller_models_needs_less_room(deployment, capsys, monkeypatch):
