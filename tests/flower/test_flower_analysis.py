@@ -13,7 +13,7 @@ from clients.client_app import app
 from fedpriv.experiment.analyses.heavy import HeavyAnalysis
 from fedpriv.experiment.build import assemble
 from fedpriv.experiment.config import Config
-from fedpriv.experiment.execution import Execution
+from fedpriv.experiment.execution import EngineName, Execution
 from fedpriv.experiment.results import load_model
 from fedpriv.experiment.run import run_experiment
 from fedpriv.flower.messages import ARRAYS
@@ -76,16 +76,17 @@ def test_every_level_is_flowers_to_the_bit(trust: str, data: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("engine", "workers"), [("ray", 2), ("flower", None)])
 @pytest.mark.parametrize("trust", TRUSTS)
-def test_all_engines_have_the_loops_answers(trust: str, data: Path, tmp_path: Path) -> None:
-    def answers(engine: Any, **options: Any) -> dict[str, Any]:
+def test_an_engine_has_the_loops_answers(
+    trust: str, engine: EngineName, workers: int | None, data: Path, tmp_path: Path
+) -> None:
+    def answers(name: EngineName, workers: int | None = None) -> dict[str, Any]:
         def ask(config: Config, directory: Path) -> dict[str, Any]:
-            execution = Execution(engine=engine, **options)
-            run_on_any_engine(config, directory, engine=engine, data_root=data, execution=execution)
+            execution = Execution(engine=name, workers=workers)
+            run_on_any_engine(config, directory, engine=name, data_root=data, execution=execution)
             return json.loads((directory / "analysis.json").read_text())
 
-        return words(trust).run(tmp_path / engine, ask, data_root=data)
+        return words(trust).run(tmp_path / name, ask, data_root=data)
 
-    loop = answers("loop")
-    assert answers("ray", workers=2) == loop
-    assert answers("flower") == loop
+    assert answers(engine, workers) == answers("loop")
