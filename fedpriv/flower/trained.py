@@ -86,7 +86,7 @@ class TrainedArrays:
         if named or not set(model) - integers:
             if not model:
                 raise UserError(
-                    "initial_arrays", "the arrays of a model", "none", "Give ArrayRecord(model.state_dict())"
+                    "initial_arrays", "the arrays of a model", "an empty record", "Give ArrayRecord(model.state_dict())"
                 )
             name = (named or list(model))[0]
             remedy = "Train parameters only: counters and masks cannot be bounded or noised"

@@ -179,7 +179,7 @@ DAMAGE = {
     "own data of another kind": (
         "node-0",
         own_file_without_labels,
-        "expected inputs, labels and classes, got no classes, labels",
+        "expected inputs, labels and classes, got a file without classes, labels",
     ),
     "own data that are no archive": (
         "node-0",
@@ -256,7 +256,7 @@ def test_a_node_has_room_to_write_its_largest_memory_once_more(deployment, capsy
     assert (code, "space wrong 150 MiB free" in printed) == (2, True)
 
 
-def test_a_node_says_what_is_left_of_its_budget_and_names_no_adversary_yet(deployment, capsys):
+def test_a_node_shows_the_rest_of_its_budget_and_names_no_adversary_yet(deployment, capsys):
     assert "complete, with 0 lines; epsilon left: 8 of 8" in check(capsys, deployment / "node-0")[1]
     assert account_of(deployment / "node-0" / "state", 8.0, 1e-5, "replace").startswith("spent       epsilon 0 of 8")
     assert "adversary" not in account_of(deployment / "node-0" / "state", 8.0, 1e-5, "replace")

@@ -158,7 +158,7 @@ def test_a_value_of_another_type_is_refused_when_the_strategy_is_made(options: d
     [
         ({"initial_arrays": None}, "initial_arrays: expected an ArrayRecord, got NoneType"),
         ({"initial_arrays": {"w": 1}}, "initial_arrays: expected an ArrayRecord, got dict"),
-        ({"initial_arrays": ArrayRecord()}, "initial_arrays: expected the arrays of a model, got none"),
+        ({"initial_arrays": ArrayRecord()}, "initial_arrays: expected the arrays of a model, got an empty record"),
         ({"num_rounds": 0}, "num_rounds: expected a whole number from 1, got 0"),
         ({"num_rounds": "3"}, "num_rounds: expected a whole number from 1, got '3'"),
         ({"timeout": -1}, "timeout: expected seconds above 0, got -1"),

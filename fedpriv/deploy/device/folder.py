@@ -145,7 +145,7 @@ def _own_arrays(path: Path) -> str:
     except zipfile.BadZipFile:
         raise UserError(str(path), "an .npz file", "another format", remedy) from None
     if missing := {"inputs", "labels", "classes"} - names:
-        raise UserError(str(path), "inputs, labels and classes", f"no {', '.join(sorted(missing))}", remedy)
+        raise UserError(str(path), "inputs, labels and classes", f"a file without {', '.join(sorted(missing))}", remedy)
     return f"{path.name} has inputs, labels and classes"
 
 

@@ -159,7 +159,7 @@ def _in_one_line(address: str = "") -> Iterator[None]:
 
 
 def once_it_answers(ask: Callable[[], AnswerT], seconds: float, say: Callable[[str], None]) -> AnswerT:
-    """Return what `ask` returns, and repeat it as long as the server is silent, for at most `seconds`.
+    """Return the value of `ask()`, called again as long as the server is silent, for at most `seconds`.
 
     Args:
         ask: Asks the server.
