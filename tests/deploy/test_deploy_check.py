@@ -174,7 +174,7 @@ DAMAGE = {
     "own data": (
         "node-0",
         lambda d: change(d / "node-0" / "fedpriv-client.toml", 'own = ""', 'own = "me.npz"'),
-        "me.npz: expected this client's own data, got No such file",
+        "me.npz: expected this client's own data, got a missing file",
     ),
     "own data of another kind": (
         "node-0",
@@ -184,7 +184,7 @@ DAMAGE = {
     "own data that are no archive": (
         "node-0",
         lambda d: change(d / "node-0" / "fedpriv-client.toml", 'own = ""', 'own = "node.toml"'),
-        "expected an .npz file, got another format",
+        "expected an .npz file, got a file of a different format",
     ),
     "insecure": (
         "admin",

@@ -140,10 +140,12 @@ def _own_arrays(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as file:
             names = {Path(name).stem for name in file.namelist()}
+    except FileNotFoundError:
+        raise UserError(str(path), "this client's own data", "a missing file", remedy) from None
     except OSError as error:
-        raise UserError(str(path), "this client's own data", error.strerror or error, remedy) from None
+        raise UserError(str(path), "a readable file", error.strerror or error, remedy) from None
     except zipfile.BadZipFile:
-        raise UserError(str(path), "an .npz file", "another format", remedy) from None
+        raise UserError(str(path), "an .npz file", "a file of a different format", remedy) from None
     if missing := {"inputs", "labels", "classes"} - names:
         raise UserError(str(path), "inputs, labels and classes", f"a file without {', '.join(sorted(missing))}", remedy)
     return f"{path.name} has inputs, labels and classes"
