@@ -723,6 +723,9 @@ def parse_config(tables: Table) -> Config:
         raise UserError("base", "an experiment", "a sweep", "Use fedpriv sweep")
     if "analysis" in tables:
         tables = as_experiment(tables, declared_by(_read_data(_table("data", tables.get("data", {}))).dataset))
+    if "randomness" in tables:  # written by a strategy with `out`
+        got = "the description of a run of a Flower app"
+        raise UserError("config", "an experiment", got, "Start the app: its data and training are not in this file")
     refuse_unknown(tables, ["name", "seed", "analysis", *TABLES], "")
     given = {name: _table(name, tables[name]) for name in TABLES if name in tables}
     top = read_table(_Top, {key: tables[key] for key in ("name", "seed") if key in tables}, "")

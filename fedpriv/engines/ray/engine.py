@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -175,7 +176,7 @@ class RayEngine:
         pieces = [(start, min(start + size, len(inputs))) for start in range(0, len(inputs), size)]
         while pieces:
             now, pieces = pieces[: len(self._hosts)], pieces[len(self._hosts) :]
-            yield from self._until_done(lambda: self._outputs_of(now, *given), "an evaluation")  # noqa: B023 - called at once
+            yield from self._until_done(partial(self._outputs_of, now, *given), "an evaluation")
 
     def _outputs_of(self, pieces: list[tuple[int, int]], model: ray.ObjectRef, inputs: ray.ObjectRef) -> list[Tensor]:
         """Return the outputs of some pieces, in their order."""
