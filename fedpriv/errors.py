@@ -2,9 +2,11 @@
 
 import difflib
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-__all__ = ["EXTRAS", "UserError", "extra_of", "has_extra", "nearest", "plural", "require_extra"]
+__all__ = ["EXTRAS", "UserError", "extra_of", "has_extra", "nearest", "plural", "require_extra", "shown_as"]
 
 EXTRAS = {
     "flower": ("flwr", "ray"),
@@ -47,6 +49,21 @@ class UserError(ValueError):
         found = UserError(f"{place}: {self.where}", "", "", "")
         found.args = (f"{place}: {line}",)
         return found
+
+
+@contextmanager
+def shown_as(part: Path, final: Path) -> Iterator[None]:
+    """Name `final` in errors of the block that name `part`, a temporary file or folder that does not outlive it."""
+    try:
+        yield
+    except UserError as error:
+        error.where = error.where.replace(str(part), str(final))
+        error.args = tuple(str(line).replace(str(part), str(final)) for line in error.args)
+        raise
+    except OSError as error:
+        if isinstance(error.filename, str):
+            error.filename = error.filename.replace(str(part), str(final))
+        raise
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

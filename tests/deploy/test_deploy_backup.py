@@ -67,8 +67,10 @@ def test_an_older_copy_without_proof_is_refused_and_changes_nothing(node: Path, 
 def test_an_older_copy_is_refused_by_the_servers_newest_head(node: Path, tmp_path: Path) -> None:
     heads = heads_file(tmp_path, head_of(node))
     shutil.rmtree(node)
-    with pytest.raises(UserError, match="according to the server's heads"):
+    with pytest.raises(UserError, match="according to the server's heads") as raised:
         restore(node.parent / "copy.tar", node, heads)
+    assert str(raised.value).startswith(f"{node.parent / 'copy.tar'}/state/ledger.jsonl, line")  # no temporary name
+    assert str(raised.value).startswith(raised.value.where)
 
 
 def test_the_newest_copy_is_restored_with_proof_and_goes_on(node: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from fedpriv.deploy.device.memory import remembered_ledgers
 from fedpriv.deploy.heads import HEADS_FILE, HeadBook, newer_heads
 from fedpriv.deploy.helper.folder import HELPER_TOML
 from fedpriv.deploy.kinds import described, kind_of, wrong_kind
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, shown_as
 from fedpriv.files import only_one, sync_folder, write_atomically
 from fedpriv.flower.companion import LOCK
 
@@ -75,7 +75,11 @@ def back_up(folder: Path, file: Path) -> str:
     part.unlink(missing_ok=True)
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        with os.fdopen(descriptor, "wb") as opened, tarfile.open(fileobj=opened, mode="w") as archive:
+        with (
+            shown_as(part, file),
+            os.fdopen(descriptor, "wb") as opened,
+            tarfile.open(fileobj=opened, mode="w") as archive,
+        ):
             _add_bytes(archive, _KIND, json.dumps(facts).encode())
             for path in sorted(folder.iterdir()):
                 if path.name != _FLOWER and not (kind == "helper" and path.name == _STATE):
@@ -119,11 +123,13 @@ def restore(file: Path, folder: Path, heads: Path | None = None, charge: float |
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        kind = _unpack(file, part)
+        with shown_as(part, file):
+            kind = _unpack(file, part)
         if folder.exists() and any(folder.iterdir()) and kind_of(folder) != kind:
             expected, remedy = f"the folder of a {kind}, as in the copy", "Give the folder that was copied"
             raise UserError(str(folder), expected, described(folder), remedy)
-        line = _settle(kind, part, folder, heads, charge)
+        with shown_as(part, file):
+            line = _settle(kind, part, folder, heads, charge)
         aside = _move_aside(folder)
         part.replace(folder)
         sync_folder(folder.parent)
