@@ -54,6 +54,7 @@ def catalogue() -> dict[str, Entries]:
         "client step": PACKAGE / "engines" / "feedback.c",
         "noise": PACKAGE / "mechanisms" / "gaussian.c",
         "softmax": PACKAGE / "tasks" / "softmax.c",
+        "pooling": PACKAGE / "tasks" / "pooling.c",
     }
     found = {name: native_library(file, lambda _: None) is not None for name, file in files.items()}
     return {**kinds, "in C": {name: {"about": about_compiled(there), "keys": {}} for name, there in found.items()}}

@@ -126,6 +126,7 @@ def test_the_list_says_what_is_not_compiled_and_why(
         "client step": says,
         "noise": says,
         "softmax": says,
+        "pooling": says,
     }
 
 
