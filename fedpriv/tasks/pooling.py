@@ -1,7 +1,7 @@
 """Maximum pooling of 2 x 2 windows in C for single clients on a CPU, with the numbers of torch to the bit.
 
-torch's pooling of images with channels outermost reads one number at a time; for a small network it takes a quarter of a
-gradient's time.
+torch's pooling of images with channels outermost reads one number at a time, which is a quarter of a small network's
+gradient.
 """
 
 import ctypes
