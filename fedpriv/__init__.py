@@ -1,6 +1,7 @@
 """Differentially private federated learning: write a method once, and run it in simulation, on Ray or on Flower."""
 
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fedpriv import torchvision_import
@@ -11,6 +12,7 @@ from fedpriv.version import __version__ as __version__
 if TYPE_CHECKING:
     from fedpriv.experiment.config import PrivacyChoice as Privacy
     from fedpriv.experiment.config import load_config
+    from fedpriv.experiment.execution import Execution
     from fedpriv.experiment.in_python import Experiment
     from fedpriv.experiment.results import load_model, load_results
     from fedpriv.report.write import write_report
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from fedpriv.trained.module import load_module
 
 __all__ = [
+    "Execution",
     "Experiment",
     "Privacy",
     "UserError",
@@ -34,6 +37,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Execution": "fedpriv.experiment.execution",
     "Experiment": "fedpriv.experiment.in_python",
     "Privacy": "fedpriv.experiment.config",
     "export_model": "fedpriv.trained.export",
@@ -62,4 +66,5 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """Return the public names, for completion."""
-    return sorted([*globals(), *_HOMES])
+    modules = {name for name, value in globals().items() if isinstance(value, ModuleType) or name.startswith("__")}
+    return sorted(modules.union(__all__))

@@ -73,8 +73,8 @@ def at_least_one(where: str, value: int, remedy: str) -> None:
     Raises:
         UserError: Names `where`, the configuration key or option.
     """
-    if value < 1:
-        raise UserError(where, "at least 1", value, remedy)
+    if not is_whole(value, 1):
+        raise UserError(where, "at least 1", value if is_whole(value) else repr(value), remedy)
 
 
 def whole_from(where: str, value: int, low: int, remedy: str) -> None:
@@ -83,8 +83,8 @@ def whole_from(where: str, value: int, low: int, remedy: str) -> None:
     Raises:
         UserError: Names `where`, the configuration key or option.
     """
-    if value < low:
-        raise UserError(where, f"a whole number of at least {low}", value, remedy)
+    if not is_whole(value, low):
+        raise UserError(where, f"a whole number of at least {low}", repr(value), remedy)
 
 
 def whole_within(where: str, value: int, low: int, high: int, remedy: str) -> None:
@@ -93,8 +93,8 @@ def whole_within(where: str, value: int, low: int, high: int, remedy: str) -> No
     Raises:
         UserError: Names `where`, the configuration key or option.
     """
-    if not low <= value <= high:
-        raise UserError(where, f"a whole number from {low} to {high}", value, remedy)
+    if not is_whole(value, low, high):
+        raise UserError(where, f"a whole number from {low} to {high}", repr(value), remedy)
 
 
 def positive_real(where: str, value: object, remedy: str | None = None) -> None:
@@ -139,8 +139,9 @@ def real_within(where: str, value: object, low: float, high: float, remedy: str 
 
 def require_representable(key: str, value: float) -> None:
     """Raise UserError for a number so small or large that float32 cannot hold its products."""
-    if not 0.0 < value < math.inf:
-        raise UserError(key, "a positive number", value, f"Set {key} above 0")
+    if not is_real(value) or value <= 0.0:
+        got = value if isinstance(value, Real) else repr(value)
+        raise UserError(key, "a positive number", got, f"Set {key} above 0")
     if not 1e-20 <= value <= 1e20:
         remedy = f"Choose {key} in this range: beyond it, float32 rounds to zero or infinity"
         raise UserError(key, "a number from 1e-20 to 1e20", value, remedy)
@@ -148,8 +149,9 @@ def require_representable(key: str, value: float) -> None:
 
 def require_fraction(key: str, value: float) -> None:
     """Raise UserError unless 0 <= value < 1."""
-    if not 0.0 <= value < 1.0:
-        raise UserError(key, "a number from 0 to below 1", value, f"Set {key} to 0 to switch it off")
+    if not is_real(value, 0.0) or value >= 1.0:
+        got = value if isinstance(value, Real) else repr(value)
+        raise UserError(key, "a number from 0 to below 1", got, f"Set {key} to 0 to switch it off")
 
 
 def refuse_beyond_memory(where: str, wanted: float, remedy: str) -> None:

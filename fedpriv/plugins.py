@@ -38,6 +38,7 @@ __all__ = [
     "line_of",
     "modules_of_files",
     "only_known",
+    "own_frames",
     "settings_of",
     "source_of",
     "whole_reference",
@@ -144,6 +145,9 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         if is_reference(name) and name not in self:
             bare = bare_reference(name)
             name = next((known for known in self._referred if bare_reference(known) == bare), name)
+        if isinstance(name, str) and name.endswith(".py") and name not in self:
+            remedy = f'Add the name in the file, such as "{name}:NAME"'
+            raise UserError(where, f"a {self.kind} of the file, after a colon", repr(name), remedy)
         if not isinstance(name, str) or name not in self:
             raise UserError(where, "a known name", repr(name), nearest(str(name), self))
         return self[name]
@@ -376,6 +380,14 @@ def line_of(error: BaseException, source: Callable[..., object]) -> str:
     return f"{text} ({own[-1].filename}, line {own[-1].lineno})" if own else text
 
 
+def own_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """Return the frames of an exception from the first one in a file that a config names; empty if it met none."""
+    files = {getattr(module, "__file__", None) for name, module in sys.modules.items() if name.startswith(_OF_FILE)}
+    frames = traceback.extract_tb(error.__traceback__)
+    first = next((place for place, frame in enumerate(frames) if frame.filename in files), None)
+    return [] if first is None else frames[first:]
+
+
 def _words(error: BaseException) -> str:
     """Return an exception's class and the first line of its message, if it has one that can be read."""
     try:
@@ -482,6 +494,9 @@ def _imported(reference: str, where: str, shown: str) -> object:
     if place == MEMORY:
         remedy = "Run the program that made it, or put the object into a file and name the file"
         raise UserError(where, "a class that can be imported", f"{shown!r}, an object of a Python program", remedy)
+    if place.endswith(".py") and not Path(place).is_file():
+        got = f"{shown!r}, and there is no such file"
+        raise UserError(where, "a class that can be imported", got, "Correct the path, which begins at the config")
     try:
         module = _module_of_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except UserError:

@@ -39,6 +39,7 @@ from fedpriv.flower.messages import (
     refused,
 )
 from fedpriv.flower.privacy_terms import promised
+from fedpriv.flower.server.arguments import checked_evaluation, refuse_start
 from fedpriv.flower.server.attendance import Attendance
 from fedpriv.flower.server.drop_in_statement import drop_in_statement, warnings_of
 from fedpriv.flower.server.faults import message_fault, norm_limit
@@ -178,12 +179,13 @@ class MethodStrategy(NotLegacy, Strategy):
             UserError: If the model cannot be trained privately, if clients are missing at the start, if too many fail,
                 or if no client's message counted in the whole run.
         """
+        refuse_start(initial_arrays, num_rounds, timeout)
         self._settings = sorted((key, value) for key, value in (train_config or {}).items() if key != _ROUND)
         with opened(self.out) as self._record:
             self.prepare(grid, initial_arrays, num_rounds, timeout)
-            record, watch = self._record, evaluate_fn
+            record, watch = self._record, checked_evaluation(evaluate_fn)
             if record is not None:
-                self.rescue_folder, watch = record.path, record.evaluating(self, evaluate_fn)
+                self.rescue_folder, watch = record.path, record.evaluating(self, watch)
             try:
                 paced = self._pace.on(grid)
                 found = super().start(paced, initial_arrays, num_rounds, timeout, train_config, evaluate_config, watch)

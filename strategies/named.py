@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from fedpriv.deploy.parties import HelperNames, named_helpers
 from fedpriv.errors import UserError
 from fedpriv.experiment.schema import field_names, read_table
-from fedpriv.flower.server.arguments import refuse_arguments
+from fedpriv.flower.server.arguments import refuse_arguments, refuse_values
 from fedpriv.flower.server.promise import Privacy, refuse_unused
 from fedpriv.flower.trained import digest_of
 from fedpriv.methods import METHODS, AdaptiveBound, Method, ServerOptimizer, optimized, with_side_values
@@ -79,9 +79,11 @@ class NamedStrategy(MethodStrategy):
         helpers: HelperNames | None = None,
         **options: Any,
     ) -> None:
+        self.out, given = options.pop("out", None), {"privacy": privacy, "noise": noise, "adaptive": adaptive}
+        more = {"server_optimizer": server_optimizer, "cohort": cohort, "seed": seed, "out": self.out}
+        refuse_values({**given, **more})
         if cohort is not None and num_clients not in (None, cohort.population):
             raise UserError("num_clients", f"the cohort's population {cohort.population}", num_clients, "Omit it")
-        self.out = options.pop("out", None)
         kind, name = METHODS[self.method_name], type(self).__name__
         refuse_arguments(options, [*field_names(kind), *_OWN, *_NETWORK], name)
         network = {key: options.pop(key) for key in _NETWORK if key in options}

@@ -1,12 +1,15 @@
 """Command line `fedpriv COMMAND`; each module defines some of the commands."""
 
+import re
 import sys
+import traceback
 
 import click
 
 from fedpriv.cli.app import app
 from fedpriv.cli.terminal import log_to_terminal, say
 from fedpriv.errors import UserError
+from fedpriv.plugins import own_frames
 
 from fedpriv.cli import run, analyses, check, sweep, audit, flower, deploy, privacy, data, trained  # isort: skip
 from fedpriv.cli.operate import commands  # isort: skip
@@ -28,7 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         _fail(str(error))
     except click.ClickException as error:
-        _fail(" ".join(error.format_message().split()))
+        line = " ".join(error.format_message().split())
+        _fail(re.sub(r"( Did you mean [^?]*\?)\1", r"\1", line))  # typer's suggestion, and click's
     except (KeyboardInterrupt, click.Abort):
         say("fedpriv: stopped. Add --resume to continue a run from its last checkpoint.", error=True)
         raise SystemExit(130) from None
@@ -37,6 +41,15 @@ def main(arguments: list[str] | None = None) -> None:
         resumed = "; add --resume to continue" if given[:1] in (["run"], ["sweep"]) else ""
         remedy = f"Correct the path, its permissions or the disk, and run again{resumed}"
         _fail(f"{where}: {error.strerror or error}. {remedy}")
+    except Exception as error:
+        frames = own_frames(error)
+        if not frames:
+            raise
+        say("".join(traceback.format_list(frames)).rstrip(), error=True)
+        reason = " ".join("".join(traceback.format_exception_only(error)).split())
+        _fail(
+            f"{frames[0].filename}, line {frames[0].lineno}: expected code that runs, got {reason}. Correct the file."
+        )
     else:
         raise SystemExit(code if isinstance(code, int) else 0)
 

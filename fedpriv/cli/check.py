@@ -50,4 +50,8 @@ def check(
         say(f"warning     {warning}", error=True)
     command = "run" if experiment.learns else "analyze"
     again = ["fedpriv", command, str(config), *(part for setting in settings or () for part in ("-s", setting))]
+    if data_root is not None:
+        again += ["--data-root", str(data_root)]
+    if device != "cpu":
+        again += ["--device", device]
     say(f"next        {shlex.join(again)}")

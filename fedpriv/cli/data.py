@@ -44,8 +44,9 @@ def data(
             )
     shown = Table(box=None, padding=(0, 2, 0, 0))
     shown.add_column("", no_wrap=True)
-    for name in columns:
-        shown.add_column(name, overflow="fold")
+    stems = [Path(name).stem for name in columns]
+    for stem, name in zip(stems, columns, strict=True):
+        shown.add_column(stem if stems.count(stem) == 1 else name, overflow="fold", justify="right")
     for key in dict.fromkeys(key for measures in columns.values() for key in measures):
         shown.add_row(key, *("" if key not in measures else f"{measures[key]:.6g}" for measures in columns.values()))
     Console().print(shown)

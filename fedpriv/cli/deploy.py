@@ -78,11 +78,15 @@ def add(
 
 
 @deploy.command()
-def register(folder: DeployDir = Path()) -> None:
+def register(
+    folder: DeployDir = Path(),
+    wait: Annotated[float, typer.Option(help="Seconds to wait for a server that does not answer yet.")] = 0.0,
+) -> None:
     """Register the keys in admin/nodes/ with the server. DIR is the folder of the deployment, or admin in it."""
     from fedpriv.deploy.setup.keys import register_nodes
+    from fedpriv.flower.internals.control import once_it_answers
 
-    lines, faults = register_nodes(folder)
+    lines, faults = once_it_answers(lambda: register_nodes(folder), wait, say)
     for line in lines:
         say(line)
     for line in faults:

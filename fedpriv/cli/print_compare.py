@@ -87,6 +87,8 @@ def _blocks(cells: Cells, keys: Sequence[str], first: int, width: int) -> Iterat
 
 def _head(key: str, keys: Sequence[str]) -> str:
     """Return the last part of a key, or all of it if another key ends likewise."""
+    if key == "method.name":
+        return "method"
     short = key.rpartition(".")[2]
     return key if sum(other.rpartition(".")[2] == short for other in keys) > 1 else short
 

@@ -213,9 +213,8 @@ class Natural:
         if groups is None:
             having = ", ".join(name for name, source in DATASETS.items() if source.natural)
             expected = f"a dataset with natural clients ({having}) for 'natural'"
-            raise UserError(
-                "data.partition", expected, "a dataset without them", "Choose such a dataset, or another partition"
-            )
+            remedy = "Choose such a dataset, name the clients of yours (csv: data.client), or choose another partition"
+            raise UserError("data.partition", expected, "a dataset without them", remedy)
         number = found if clients is None else _positive(clients)
         if number > found:
             remedy = "Lower data.clients, or remove it to use all"

@@ -1,5 +1,6 @@
 """Data in memory: pandas data frames, Hugging Face `datasets`, and lists with the examples of each client."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -54,20 +55,22 @@ def arrays_of(data: object, columns: Columns) -> Mapping[str, object]:
     """Return the arrays of data in memory, for `fedpriv.data.own.dataset_of`.
 
     Args:
-        data: A table; or a mapping with the tables `train` and `test`, of which the second counts as public; or a list
-            with the examples of each client: a table, a pair of arrays `(inputs, labels)` or a torch `Dataset` of such
-            pairs. A mapping of arrays is returned unchanged.
+        data: A table; or a list with the examples of each client: a table, a pair of arrays `(inputs, labels)` or a
+            torch `Dataset` of such pairs; or a mapping with one of these as `train` and public test examples as `test`,
+            which are one table, pair or `Dataset`. A mapping of arrays is returned unchanged.
         columns: The columns of the tables.
 
     Raises:
         UserError: If a column is missing, or the data are of another kind.
     """
-    if isinstance(data, Mapping) and data and all(is_table(part) for part in data.values()):
+    if isinstance(data, Mapping) and data and (_SPLITS[0] in data or all(is_table(part) for part in data.values())):
         for name in data:
             if name not in _SPLITS:
-                raise UserError("data", "tables 'train' and 'test'", repr(name), nearest(str(name), _SPLITS))
+                raise UserError("data", "parts 'train' and 'test'", repr(name), nearest(str(name), _SPLITS))
         if "train" not in data:
-            raise UserError("data", "a table 'train'", ", ".join(map(repr, data)), "Add the examples to train on")
+            raise UserError("data", "a part 'train'", ", ".join(map(repr, data)), "Add the examples to train on")
+        if not is_table(data["train"]):
+            return {**arrays_of(data["train"], columns), **_tests(data.get("test"), columns)}
         made = _of_table(data["train"], columns)
         if "test" in data:
             tests = _of_table(data["test"], Columns(label=columns.label, inputs=made.names))
@@ -79,6 +82,17 @@ def arrays_of(data: object, columns: Columns) -> Mapping[str, object]:
         name = next(key for key, value in vars(columns).items() if value is not None)
         raise UserError(name, "no value, because the data are no table", repr(getattr(columns, name)), f"Remove {name}")
     return data if isinstance(data, Mapping) else _of_clients(data, columns)
+
+
+def _tests(test: object, columns: Columns) -> dict[str, object]:
+    """Return public test examples beside a list of clients: a table, a pair of arrays or a torch `Dataset`."""
+    if test is None:
+        return {}
+    if is_table(test):
+        table = _of_table(test, Columns(label=columns.label, inputs=columns.inputs))
+        return {"test_inputs": table.inputs, "test_labels": table.labels}
+    inputs, labels = _pair(test, "data['test']")
+    return {"test_inputs": inputs, "test_labels": labels}
 
 
 def _has_tables(data: object) -> bool:
@@ -133,13 +147,20 @@ def _inputs(table: Any, names: Sequence[str]) -> np.ndarray:
     parts = [_numbers(table, name) for name in names]
     if len(parts) == 1 and parts[0].ndim > 1:
         return parts[0]
-    return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
+    return np.concatenate([_flat(part) for part in parts], axis=1)
+
+
+def _flat(rows: np.ndarray) -> np.ndarray:
+    """Return one vector per row; there may be no rows."""
+    return rows.reshape(len(rows), math.prod(rows.shape[1:]))
 
 
 def _numbers(table: Any, name: str) -> np.ndarray:
     if type(getattr(table, "features", {}).get(name)).__name__ == "Image":
         return _images(table, name)
     column = table[name].to_numpy() if hasattr(table, "iloc") else np.asarray(table.with_format("numpy")[name][:])
+    if column.dtype.kind == "O" and len(column) == 0:
+        return column.astype(np.float32)
     if column.dtype.kind == "O":
         try:  # such as a column of lists, or of numbers that may be missing
             column = np.stack([np.asarray(cell, dtype=np.float64) for cell in column])
@@ -148,7 +169,7 @@ def _numbers(table: Any, name: str) -> np.ndarray:
     if column.dtype.kind not in "biuf":
         got, remedy = f"texts such as {str(column[:1].tolist())[:40]}", "Encode categories as numbers, by a fixed list"
         raise UserError(f"column {name!r}", "numbers of one shape", got, remedy)
-    finite = np.isfinite(column.reshape(len(column), -1)).all(axis=1)
+    finite = np.isfinite(_flat(column)).all(axis=1)
     if not finite.all():
         got = f"a missing or infinite value in row {int(np.argmin(finite))}"
         remedy = "Fill in or drop missing values, by a rule that does not use other clients' data"
@@ -175,7 +196,8 @@ def _of_clients(clients: object, columns: Columns) -> dict[str, object]:
         raise UserError("data", "a list of clients", "one pair of arrays", remedy)
     if not isinstance(clients, Sequence) or isinstance(clients, str) or not clients:
         expected = "a list of clients, a table, a mapping of arrays, or a data set"
-        raise UserError("data", expected, f"a {type(clients).__name__}", "Give data as fedpriv.Experiment describes")
+        got = f"a {type(clients).__name__}" if clients or not isinstance(clients, Sequence) else "an empty one"
+        raise UserError("data", expected, got, "Give data as fedpriv.Experiment describes")
     inputs, labels, owners, classes = [], [], [], None
     for number, client in enumerate(clients):
         if is_table(client):

@@ -677,4 +677,11 @@ def _names(labels: Sequence[str | list[str]] | None) -> tuple[str, ...] | None:
 
 def _damaged(path: Path, expected: str, error: Exception) -> UserError:
     reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    return UserError(str(path), expected, f"{type(error).__name__}: {reason}", "Correct or replace the file")
+    got = f"{type(error).__name__}: {reason}"
+    if path.is_dir():
+        got = "a folder"
+    elif path.is_file() and path.stat().st_size == 0:
+        got = "an empty file"
+    elif "pickle" in reason:  # numpy recommends an option that would run code of the file
+        got = "a file with objects, or of another kind"
+    return UserError(str(path), expected, got, "Correct or replace the file")

@@ -452,6 +452,8 @@ class Coordinator:
         reasons |= dict.fromkeys(lacking, "no usable answer")
         got = f"{len(valid)}" + (f" ({reasons_in_words(reasons)})" if reasons else "")
         remedy = "Fix the clients and continue with --resume, or change [deployment]"
+        if any(kind == "budget" for kind, _ in refusals.values()):
+            remedy = "A used budget never refills: ask these clients' operators, or plan a new run that costs less"
         return UserError(f"turn {self._broadcast.address}", expected, got, remedy)
 
     def _reset_memories(self) -> None:

@@ -21,7 +21,7 @@ from fedpriv.rounds import Broadcast, ClientRules, Total
 from fedpriv.streams import SeededStreams
 from fedpriv.tasks.adapters.kept import KeptActivations
 from fedpriv.tasks.local_work import ClientGradients, LocalWork, PoissonGradient, RecordSum, batches_of, make_signal
-from fedpriv.tasks.task import Task
+from fedpriv.tasks.task import Forward, Task
 
 __all__ = ["Engine", "Population", "UndoingEngine", "keep_freed_memory", "one_thread", "with_metrics"]
 
@@ -38,6 +38,11 @@ class Engine(Protocol):
     @property
     def name(self) -> str:
         """The name that `--engine` takes."""
+        ...
+
+    @property
+    def forward(self) -> Forward | None:
+        """Computes outputs for evaluations on more or faster devices than this process's; None if there are none."""
         ...
 
     def sum_messages(self, broadcast: Broadcast) -> Total:

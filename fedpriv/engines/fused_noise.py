@@ -8,6 +8,7 @@ from fedpriv.engines.base import Engine, Population
 from fedpriv.mechanisms.noise import release_clients_sum
 from fedpriv.methods import feedback_of, has_memory
 from fedpriv.rounds import Broadcast, ClientRules, Total
+from fedpriv.tasks.task import Forward
 
 __all__ = ["FusedNoise", "can_fuse", "without_noise"]
 
@@ -53,6 +54,11 @@ class FusedNoise:
     def name(self) -> str:
         """The name of the inner engine."""
         return self._inner.name
+
+    @property
+    def forward(self) -> Forward | None:
+        """See `Engine.forward`."""
+        return self._inner.forward
 
     def sum_messages(self, broadcast: Broadcast) -> Total:
         """See `Engine.sum_messages`."""

@@ -7,6 +7,7 @@ from fedpriv.engines.base import Population, keep_freed_memory, one_thread
 from fedpriv.engines.states import StateStore
 from fedpriv.methods import ClientState
 from fedpriv.rounds import Broadcast, Total, client_round, counted_norms, total_of
+from fedpriv.tasks.task import Forward
 
 __all__ = ["LoopEngine"]
 
@@ -20,6 +21,7 @@ class LoopEngine:
     """
 
     name = "loop"
+    forward: Forward | None = None
 
     def __init__(self, population: Population, states: StateStore | None = None) -> None:
         keep_freed_memory()

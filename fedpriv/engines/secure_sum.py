@@ -13,6 +13,7 @@ from fedpriv.engines.base import UndoingEngine
 from fedpriv.mechanisms.shares import IntegerSums
 from fedpriv.methods import message_size
 from fedpriv.rounds import Broadcast, ClientRules, Total, counted_total
+from fedpriv.tasks.task import Forward
 
 __all__ = ["SecureSum"]
 
@@ -39,6 +40,11 @@ class SecureSum:
     def name(self) -> str:
         """The name of the inner engine."""
         return self._inner.name
+
+    @property
+    def forward(self) -> Forward | None:
+        """See `Engine.forward`."""
+        return self._inner.forward
 
     def sum_messages(self, broadcast: Broadcast) -> Total:
         """See `Engine.sum_messages`."""

@@ -15,7 +15,7 @@ from fedpriv.engines.states import StateStore
 from fedpriv.methods import owns_steps
 from fedpriv.rounds import Broadcast, Total
 from fedpriv.tasks.local_work import Batches, LocalSGD, batches_of, draws_nothing
-from fedpriv.tasks.task import MAX_PIECE_FLOATS
+from fedpriv.tasks.task import MAX_PIECE_FLOATS, Forward
 
 __all__ = ["VectorizedEngine"]
 
@@ -41,6 +41,7 @@ class VectorizedEngine:
     """
 
     name = "vectorized"
+    forward: Forward | None = None
 
     def __init__(
         self,

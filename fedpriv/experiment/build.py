@@ -26,7 +26,7 @@ from fedpriv.streams import Purpose, SeededStreams
 from fedpriv.tasks.adapters.kept import MAX_KEPT_FLOATS
 from fedpriv.tasks.kinds import check_losses
 from fedpriv.tasks.own import OwnModule
-from fedpriv.tasks.task import Precision, Task
+from fedpriv.tasks.task import Forward, Precision, Task
 from fedpriv.vectors import trainable
 
 __all__ = [
@@ -70,7 +70,7 @@ class Experiment:
         """The rules that server and clients follow."""
         return Agreement(self.server, self.population.rules, self.plan)
 
-    def evaluate(self, model: Tensor) -> dict[str, float]:
+    def evaluate(self, model: Tensor, forward: Forward | None = None) -> dict[str, float]:
         """Return the loss and the metrics of a model `[params]` on test examples; empty for an analysis.
 
         See `Task.evaluate`.
@@ -79,20 +79,20 @@ class Experiment:
             return {}
         dataset = self.population.federation.dataset
         inputs = self._lowered("test", dataset.test_inputs)
-        return self.population.task.evaluate(model, inputs, dataset.test_labels)
+        return self.population.task.evaluate(model, inputs, dataset.test_labels, forward)
 
     def _lowered(self, name: str, inputs: Tensor) -> Tensor:
         """Return public inputs, or their activations if these never change and fit; see `Task.lower`."""
         fits = len(inputs) * self.population.task.kept_floats <= MAX_KEPT_FLOATS
         return self.population.kept.of(name, inputs) if fits else inputs
 
-    def validate(self, model: Tensor) -> dict[str, float] | None:
+    def validate(self, model: Tensor, forward: Forward | None = None) -> dict[str, float] | None:
         """Return the same on the validation examples; None if none are held out."""
         dataset = self.population.federation.dataset
         if dataset.validation_inputs is None or dataset.validation_labels is None or not self.config.learns:
             return None
         inputs = self._lowered("validation", dataset.validation_inputs)
-        return self.population.task.evaluate(model, inputs, dataset.validation_labels)
+        return self.population.task.evaluate(model, inputs, dataset.validation_labels, forward)
 
     def with_method(self, config: Config) -> "Experiment":
         """Return an experiment with the same data, model and cohorts, and another config's method and privacy."""

@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 import tomli_w
 
 from fedpriv.analytics.statistics import Statistics
-from fedpriv.checks import at_least_one, folder_name, positive_int, whole_from
+from fedpriv.checks import at_least_one, folder_name, is_whole, positive_int, whole_from
 from fedpriv.clock import DEVICES, SCHEDULES, Devices, Schedule, Synchronous
 from fedpriv.data.augment import AUGMENTATIONS, Augmentation
 from fedpriv.data.dataset import DATASETS, DatasetSource, declared_by
@@ -263,9 +263,9 @@ class Training:
     evaluate_every: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rounds <= MAX_ROUNDS:
+        if not is_whole(self.rounds, 0, MAX_ROUNDS):
             expected = f"a whole number from 0 to {MAX_ROUNDS:,}"
-            raise UserError("training.rounds", expected, self.rounds, "Give the number of rounds")
+            raise UserError("training.rounds", expected, repr(self.rounds), "Give the number of rounds")
         at_least_one("training.evaluate_every", self.evaluate_every, "Give 1 to evaluate every round")
 
     def evaluates(self, round: int) -> bool:
@@ -723,6 +723,9 @@ def parse_config(tables: Table) -> Config:
         raise UserError("base", "an experiment", "a sweep", "Use fedpriv sweep")
     if "analysis" in tables:
         tables = as_experiment(tables, declared_by(_read_data(_table("data", tables.get("data", {}))).dataset))
+    if "randomness" in tables:  # written by a strategy with `out`
+        got = "the description of a run of a Flower app"
+        raise UserError("config", "an experiment", got, "Start the app: its data and training are not in this file")
     refuse_unknown(tables, ["name", "seed", "analysis", *TABLES], "")
     given = {name: _table(name, tables[name]) for name in TABLES if name in tables}
     top = read_table(_Top, {key: tables[key] for key in ("name", "seed") if key in tables}, "")

@@ -275,8 +275,10 @@ def start_engine(experiment: Experiment, execution: Execution) -> tuple[Engine, 
     population = without_noise(experiment.population) if fused else experiment.population
     try:
         clients = _ray(experiment, population, execution, compute, workers) if engine == "ray" else None
-    except UserError:
-        if execution.engine == "ray" or execution.ray_address is not None:
+    except UserError as error:
+        # Ray and its workers are named by the errors of their start; any other error is the experiment's.
+        asked_for = execution.engine == "ray" or execution.ray_address is not None
+        if asked_for or not error.where.startswith(("Ray", "workers", "--engine")):
             raise
         engine, workers, clients = "here", 1, None  # auto chose Ray, which does not start on a busy computer
     if clients is None:

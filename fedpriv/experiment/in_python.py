@@ -11,6 +11,7 @@ from typing import ClassVar, cast
 import torch
 from torch import nn
 
+from fedpriv.checks import is_whole
 from fedpriv.data.augment import Augmentation
 from fedpriv.data.dataset import Dataset, DatasetSource
 from fedpriv.data.labels import labels_as
@@ -41,7 +42,7 @@ from fedpriv.tasks.adapters import Adapter
 from fedpriv.tasks.kinds import Classification, TaskKind
 from fedpriv.tasks.local_work import FullGradient, LocalWork
 from fedpriv.tasks.models import ModelSource
-from fedpriv.tasks.own import OwnModule
+from fedpriv.tasks.own import OwnModule, refuse_lazy
 from fedpriv.tasks.own_task import own_loss
 from fedpriv.tasks.per_client import PerClient
 
@@ -64,9 +65,9 @@ class Experiment:
         model: A torch module, of which a copy is trained from its current weights; or a function that returns one,
             or a class, as for `[model] name`; or a built-in model such as `Mlp(hidden=(32,))`.
         data: A list with the examples of each client, as a pair of arrays `(inputs, labels)` or as a torch `Dataset`
-            of such pairs; or a pandas data frame or a Hugging Face `datasets.Dataset`, or `{"train": ..., "test": ...}`
-            of them; or a mapping of arrays, see `fedpriv.data.own.dataset_of`; or a `fedpriv.data.dataset.Dataset`;
-            or a built-in data set such as `Digits()`.
+            of such pairs; or a pandas data frame or a Hugging Face `datasets.Dataset`; or `{"train": ..., "test": ...}`
+            with one of these and public test examples; or a mapping of arrays, see `fedpriv.data.own.dataset_of`; or a
+            `fedpriv.data.dataset.Dataset`; or a built-in data set such as `Digits()`.
         method: A method such as `fedpriv.methods.AlphaNormEC(beta=0.1)`.
         rounds: Number of rounds.
         adaptive: How the bound of messages follows a quantile: `fedpriv.methods.AdaptiveBound()`; None if it is fixed.
@@ -139,6 +140,9 @@ class Experiment:
             columns = Columns(label=self.label, client=self.client, inputs=self.inputs)
             source, dataset = _data_source(self.data, columns)
         natural = source.natural if dataset is None else dataset.groups is not None
+        if not natural and self.clients is None:
+            remedy = "Give clients=..., the number of simulated clients, or client=..., the column of the clients' ids"
+            raise UserError("clients", "a number of clients", "data that name no clients", remedy)
         partition = self.partition or (Natural() if natural and self.clients is None else Iid())
         test = self.test
         if isinstance(partition, Natural) and test is None:
@@ -180,6 +184,10 @@ class Experiment:
 
     def _check_kinds(self) -> None:
         """Raise UserError for an argument of another kind, such as a class or a name in place of an object."""
+        if not is_whole(self.seed):
+            raise UserError("seed", "a whole number", repr(self.seed), "Give seed a number")
+        if not isinstance(self.name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UserError("name", "a text", repr(self.name), "Give name a text")
         for name, member, example in (
             ("method", "client_rule", "fedpriv.methods.DPFedAvg()"),
             ("local", "batches", "fedpriv.tasks.local_work.LocalSteps(steps=5, client_lr=0.1)"),
@@ -275,6 +283,9 @@ def _task_kind(task: TaskKind | Callable[[torch.Tensor, torch.Tensor], torch.Ten
 def _model_source(model: object) -> ModelSource:
     if isinstance(model, nn.Module):
         return _module_source(model)
+    if isinstance(model, type) and model.__module__.startswith("torch.nn."):
+        remedy = f"Give model an object, such as torch.nn.{model.__name__}(...)"
+        raise UserError("model", "a torch module", f"the class {model.__name__}", remedy)
     if hasattr(model, "build") and hasattr(model, "parameters"):
         return cast(ModelSource, model)
     made = OwnModule.of(model, "model", getattr(model, "__name__", "model"))
@@ -284,6 +295,7 @@ def _model_source(model: object) -> ModelSource:
 
 def _module_source(module: nn.Module) -> ModelSource:
     """Return the settings of a model that begins with the weights of a module."""
+    refuse_lazy(module, "model")
     held, name = copy.deepcopy(module), type(module).__name__
     facts = {
         "called": staticmethod(lambda: copy.deepcopy(held)),

@@ -48,6 +48,7 @@ from fedpriv.rounds import Total, begin_round, signal_to_noise
 from fedpriv.streams import Randomness
 from fedpriv.tables import Record, Table
 from fedpriv.tasks.per_client import ClientExamples, evaluate_clients
+from fedpriv.tasks.task import Forward
 from fedpriv.vectors import Layout
 
 __all__ = [
@@ -122,6 +123,7 @@ class Recorder:
         checkpoint_every: Rounds between checkpoints; overrides `checkpoint_seconds`.
         randomness: The source of noise and cohorts: `seeded` or `system`.
         deployed: True on real devices. Nothing about a noiseless sum of a private run is then written.
+        forward: Computes outputs for evaluations elsewhere; see `Engine.forward`.
     """
 
     experiment: Experiment
@@ -132,6 +134,7 @@ class Recorder:
     checkpoint_every: int | None = None
     randomness: Randomness = "seeded"
     deployed: bool = False
+    forward: Forward | None = None
     _taken: Counter[int] = field(default_factory=Counter)
     _saved_at: float = field(default_factory=time.monotonic)
     _round_began: float = field(default_factory=time.monotonic)
@@ -373,10 +376,10 @@ class Recorder:
     def _evaluation(self, model: Tensor, round: int, *, last: bool = False) -> dict[str, object]:
         looks = last or self.experiment.config.training.evaluates(round)
         names = self.experiment.config.task.scores
-        found: Mapping[str, float | None] = self.experiment.evaluate(model) if looks else {}
+        found: Mapping[str, float | None] = self.experiment.evaluate(model, self.forward) if looks else {}
         row = {f"test_{name}": found.get(name) for name in names}
         if self.experiment.config.data.validation is not None:
-            found = (looks and self.experiment.validate(model)) or {}
+            found = (looks and self.experiment.validate(model, self.forward)) or {}
             row |= {f"validation_{name}": found.get(name) for name in names}
         return {**row, **self._marks}
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fedpriv.data.heterogeneity import metrics_of
 from fedpriv.errors import UserError
+from fedpriv.experiment.analyses.answers_file import ANALYSIS_FILE
 from fedpriv.experiment.run_directory import CLIENTS_FILE, HETEROGENEITY_FILE, RunDirectory, flat_tables
 from fedpriv.privacy import rounded_up
 from fedpriv.tables import Record
@@ -82,6 +84,8 @@ def load_model(path: Path | str, name: str = "model.safetensors") -> dict[str, T
         with safe_open(str(file), framework="pt") as content:
             entries = json.loads(content.metadata()["layout"])
             vector = content.get_tensor("model")
+    except FileNotFoundError:
+        raise _no_finished_run(file.parent) from None
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise UserError(
             str(file), "the model of a finished run", repr(error), "Finish the run with fedpriv run ... --resume"
@@ -107,8 +111,8 @@ def compare_runs(paths: Sequence[Path | str]) -> pd.DataFrame:
     for path in paths:
         directory = RunDirectory(Path(path))
         summary = directory.read_json("summary.json")
-        if summary is None:
-            raise UserError(str(path), "a finished run", "an unfinished one", "Finish it with fedpriv run ... --resume")
+        if summary is None or directory.file(ANALYSIS_FILE).exists():
+            raise _no_finished_run(directory.path)
         configs[str(path)] = flat_tables(tomllib.loads(directory.file("config.toml").read_text(encoding="utf-8")))
         scored = [key for on in ("test_", "validation_") for key in summary if key.startswith(on)]
         first = ["method", *(key for key in scored if key.startswith("test_"))]
@@ -116,12 +120,38 @@ def compare_runs(paths: Sequence[Path | str]) -> pd.DataFrame:
         columns[str(path)] |= {key: _shown(key, summary[key]) for key in (*scored, *_IF_THERE) if key in summary}
     keys = list(dict.fromkeys(key for config in configs.values() for key in config))
     differing = [key for key in keys if len({str(config.get(key)) for config in configs.values()}) > 1]
+    differing = [key for key in differing if not _told_twice(key, configs, columns)]
     rows = list(dict.fromkeys(key for column in columns.values() for key in column))
     together = {
         run: {**{key: configs[run].get(key) for key in differing}, **{key: column.get(key) for key in rows}}
         for run, column in columns.items()
     }
     return pd.DataFrame(together, dtype=object)
+
+
+def _no_finished_run(path: Path) -> UserError:
+    """Return the error for a folder without a finished run of a model."""
+    where, wanted = str(path), "the folder of a finished run"
+    if not path.is_dir():
+        return UserError(where, wanted, "a path without a folder", "Create one with: fedpriv run CONFIG")
+    if (path / ANALYSIS_FILE).exists() or (path / "level-1").is_dir():
+        remedy = f"Print its answers with fedpriv analyze CONFIG --out {shlex.quote(where)} --resume"
+        return UserError(where, "a run that trains a model", "an analysis", remedy)
+    if (path / "config.toml").exists():
+        return UserError(where, "a finished run", "an unfinished one", "Finish it with fedpriv run ... --resume")
+    first = next(iter(sorted(path.rglob("summary.json"))), None)
+    if first is None:
+        return UserError(where, wanted, "a folder without runs", "Create one with: fedpriv run CONFIG")
+    several = shlex.quote(str(first.parent.parent))
+    return UserError(where, wanted, "a folder of runs", f"Name its runs, such as {several}/*, or use fedpriv report")
+
+
+def _told_twice(key: str, configs: dict[str, Record], columns: dict[str, dict[str, object]]) -> bool:
+    """Return True for a key of `[privacy]` that says of every run the same as its summary."""
+    table, _, name = key.rpartition(".")
+    if table != "privacy" or name not in _PROMISE:
+        return False
+    return all(config.get(key) == columns[run].get(name) for run, config in configs.items())
 
 
 _PROMISE = ("epsilon", "delta", "trust", "adjacency")

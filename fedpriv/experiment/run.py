@@ -63,7 +63,8 @@ def run_experiment(
         runner, ran = start_engine(experiment, execution)
         with closing(runner):
             record = {**ran.as_dict(), "device": device, "channels_last": channels_last, "precision": precision}
-            recorder = Recorder(experiment, directory, record, watch=watch, checkpoint_every=checkpoint_every)
+            often = {"watch": watch, "checkpoint_every": checkpoint_every}
+            recorder = Recorder(experiment, directory, record, forward=runner.forward, **often)
             return _run(experiment, runner, recorder, directory)
 
 

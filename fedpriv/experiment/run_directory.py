@@ -321,7 +321,8 @@ class RunDirectory:
             found = stamp.read_text(errors="replace").strip() if stamp.exists() else "unknown"
             if found != digest:
                 what = f"a different experiment ({_difference(config, toml)})"
-                raise UserError(str(self.path), "a folder without a run", what, "Choose another --out, or remove it")
+                expected = "this experiment, to resume it" if resume else "a folder without a run"
+                raise UserError(str(self.path), expected, what, "Choose another --out, or remove it")
             if not resume:
                 raise UserError(
                     str(self.path),
@@ -331,6 +332,8 @@ class RunDirectory:
                 )
             self._shut()
             return self._finished(digest)
+        if self.file("trials").is_dir():
+            raise UserError(str(self.path), "a folder without a sweep", "a folder with one", "Choose another --out")
         foreign = [name for name in (*FILES, self.checkpoint.path.name) if self.file(name).exists()]
         if foreign:
             raise UserError(

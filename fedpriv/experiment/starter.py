@@ -35,6 +35,7 @@ def write_starter(name: str, source: str = "quickstart", folder: Path | None = N
     Raises:
         UserError: If there is no such experiment, the name is invalid, or the file exists.
     """
+    name = name.removesuffix(".toml")
     folder_name("name", name)
     known = starters()
     if source not in known:

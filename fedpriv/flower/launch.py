@@ -47,6 +47,7 @@ _END_SECONDS = 5.0
 _STOP_SECONDS = 1.0
 _KILL_SECONDS = 10.0
 _GPU_SHARE = 0.25
+_RAY_TIMED_OUT = "timed out during startup"
 
 # Ray adds about 70 characters to its folder for the paths of sockets, which are limited to 107.
 _MAX_FOLDER_FOR_SOCKETS = 36
@@ -270,6 +271,9 @@ def failure_in(report: Path, log: Path, details: str) -> UserError:
     """
     if report.exists():
         return _ServerAppError(report.read_text(encoding="utf-8"))
+    if _RAY_TIMED_OUT in log.read_text(errors="replace"):
+        remedy = "Run again while the computer has less to do, or use another engine"
+        return UserError("--engine", "Ray, which Flower uses, to start within 30 seconds", "a slower computer", remedy)
     reason = first_error(log) or details or "an end without a reason"
     return UserError("Flower's run", "it to complete", reason.rstrip("."), f"See {log}")
 

@@ -84,10 +84,13 @@ class TrainedArrays:
             trained = _matching(model, trainable, "trainable") - integers
         named = [name for name in _listed(trainable) if name in integers]
         if named or not set(model) - integers:
-            name = (named or list(model) or ["none"])[0]
-            got = model[name].dtype if name in model else "an empty model"
+            if not model:
+                raise UserError(
+                    "initial_arrays", "the arrays of a model", "an empty record", "Give ArrayRecord(model.state_dict())"
+                )
+            name = (named or list(model))[0]
             remedy = "Train parameters only: counters and masks cannot be bounded or noised"
-            raise UserError(f"array {name}", "floating point numbers", got, remedy)
+            raise UserError(f"array {name}", "floating point numbers", model[name].dtype, remedy)
         if not trained:
             declared = "trainable" if frozen is None else "frozen"
             raise UserError(

@@ -609,7 +609,7 @@ def _check_numbers(rounds: int, delta: float, l2_bound: float) -> None:
         expected = f"a whole number from 0 to {MAX_ROUNDS:,}"
         raise UserError("training.rounds", expected, rounds, "Set the number of rounds")
     if not (is_real(delta, 1e-100) and delta < 1.0):
-        raise UserError("privacy.delta", "a number from 1e-100, below 1", delta, "Set it well below 1 / clients")
+        raise UserError("privacy.delta", "a number from 1e-100, below 1", repr(delta), "Set it well below 1 / clients")
     if not (is_real(l2_bound) and l2_bound > 0.0):
         raise ValueError(f"a method's bound must be positive and finite, not {l2_bound}")
 
@@ -618,5 +618,5 @@ def _check_epsilon(epsilon: float | None) -> float:
     if epsilon is None or not is_real(epsilon, MIN_EPSILON):
         expected = f"a finite number above 0 (from {MIN_EPSILON:g})"
         remedy = "For a non-private run, remove the [privacy] table"
-        raise UserError("privacy.epsilon", expected, epsilon, remedy)
+        raise UserError("privacy.epsilon", expected, repr(epsilon), remedy)
     return float(epsilon)

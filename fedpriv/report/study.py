@@ -111,6 +111,9 @@ def load_study(path: Path | str, metric: str | None = None) -> Study:
             the runs do not share the metric.
     """
     root = Path(path)
+    if not root.is_dir():
+        got = "a file" if root.exists() else "a path without a folder"
+        raise UserError(str(root), "a folder with runs", got, "Create one with: fedpriv run or fedpriv sweep")
     found = {_name(folder, root): folder for folder in _folders(root)}
     trials, configs = _trials(root, found)
     asked = [name for name, config in configs.items() if config.get("model.name") == "statistics"]
@@ -121,9 +124,8 @@ def load_study(path: Path | str, metric: str | None = None) -> Study:
         del found[name], trials[name], configs[name]
     done = [name for name in found if trials[name]["status"] == "done"]
     if not done:
-        words = (
-            ", ".join(sorted({str(row["reason"]) for row in trials.values() if row["reason"]})[:1]) or "unfinished runs"
-        )
+        reasons = sorted({str(row["reason"]) for row in trials.values() if row["reason"]})
+        words = reasons[0] if reasons else "unfinished runs" if found else "a folder without runs"
         raise UserError(str(root), "at least one finished run", words, "Create one with: fedpriv run or fedpriv sweep")
     rounds, metrics = load_results(root), _metrics([found[name] for name in done], metric)
     scores = scores_of(metrics)

@@ -52,6 +52,9 @@ class Axis:
 
     def __post_init__(self) -> None:
         ranged = (self.first, self.to, self.count)
+        if not self.values and all(part is None for part in ranged):
+            expected, remedy = "values, or from, to and count", "Write values = [...] with at least one value"
+            raise UserError(f"axis {self.name}", expected, "an empty list", remedy)
         if bool(self.values) == any(part is not None for part in ranged) or (not self.values and None in ranged):
             raise UserError(
                 f"axis {self.name}", "values, or from, to and count", "a part of them, or both", "Set one of the two"
@@ -205,7 +208,9 @@ def load_sweep(path: Path | str) -> Sweep:
     path = Path(path)
     tables = {key: _with_whole_references(value, path.parent) for key, value in read_config_file(path).items()}
     if "base" not in tables and "data" in tables:
-        raise UserError(str(path), "a sweep", "an experiment", "Use fedpriv run")
+        asks = "analysis" in tables
+        got = "an analysis" if asks else "an experiment"
+        raise UserError(str(path), "a sweep", got, f"Use fedpriv {'analyze' if asks else 'run'}")
     refuse_unknown(tables, ["name", "base", "set", "seeds", "axis", "stop", "tuning"], "")
     name, base_file = (_text(tables, *key, path) for key in (("name", "my-sweep"), ("base", "../quickstart.toml")))
     folder_name("name", name)

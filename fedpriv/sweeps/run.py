@@ -123,6 +123,8 @@ def run_sweep(
     _check_tuning(sweep, retry=retry, logs=tracking.logs)
     stores = check_trackers(tracking.logs)
     folder = RunDirectory(out)
+    if folder.file("config.toml").exists():
+        raise UserError(str(out), "a folder for a sweep", "the folder of a run", "Choose another --out")
     with folder.locked():
         if (out / TRIALS).exists() and not resume:
             raise UserError(
@@ -227,8 +229,10 @@ def _trials(
         if folder.file(DRAWN).exists():
             remedy = "Choose another --out: a plain sweep in this folder would break the guarantee of its tuning"
             raise UserError(str(folder.path), "a folder without a tuning", "a folder with one", remedy)
-        where.mkdir(exist_ok=True)
-        return *_different(sweep), None
+        trials, refused = _different(sweep)
+        if trials:
+            where.mkdir(exist_ok=True)
+        return trials, refused, None
     grid = sweep.trials()
     plan = common_plan(sweep, grid, root)
     begun = where.exists() and any(where.iterdir())

@@ -7,13 +7,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from fedpriv.errors import UserError
 from fedpriv.plugins import line_of, settings_of
 from fedpriv.vectors import refuse_buffers, trainable
 
-__all__ = ["OwnModule"]
+__all__ = ["OwnModule", "refuse_lazy"]
 
 _KEY = "model.name"
 
@@ -73,6 +74,7 @@ class OwnModule:
         if not isinstance(module, nn.Module):
             remedy = "Return a torch.nn.Module"
             raise UserError(_KEY, "a function that returns a module", f"a {type(module).__name__}", remedy)
+        refuse_lazy(module, _KEY)
         if not trainable(module):
             remedy = "Keep requires_grad = True for the parameters to train"
             raise UserError(_KEY, "a module with trainable parameters", "only frozen parameters", remedy)
@@ -109,6 +111,17 @@ class OwnModule:
         if not _equal(logits, again):
             remedy = "Set the rate of dropout to 0: its draws would differ between engines"
             raise UserError(_KEY, "logits that depend on the inputs alone", "different ones in two calls", remedy)
+
+
+def refuse_lazy(module: nn.Module, where: str) -> None:
+    """Raise UserError for a module with layers that take their sizes from the first batch, such as `LazyLinear`."""
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(value):
+            place, _, part = name.rpartition(".")
+            owner = type(module.get_submodule(place)).__name__
+            remedy = f"Give {place or 'the module'} its size, such as torch.nn.Linear(in_features, ...)"
+            got = f"{owner}, which makes its {part} in the first call"
+            raise UserError(where, "a model with all its parameters", got, remedy)
 
 
 class _Undrawn(TorchFunctionMode):

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial, reduce
 from math import prod
 from typing import Literal, get_args
@@ -21,12 +21,15 @@ from fedpriv.tasks.metrics import meter_of
 from fedpriv.tasks.per_example import PerExample, cross_entropies
 from fedpriv.vectors import Layout, trainable
 
-__all__ = ["MAX_PIECE_FLOATS", "PRECISIONS", "Precision", "Task"]
+__all__ = ["MAX_PIECE_FLOATS", "PRECISIONS", "Forward", "Precision", "Task"]
 
 Precision = Literal["float32", "bfloat16"]
 """The format of products; see `Task`."""
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+Forward = Callable[[Tensor, Tensor, int], Iterable[Tensor]]
+"""Like `Task.outputs`: the outputs of pieces of some examples, of a model `[params]` and inputs."""
 
 # Most floats of inputs that go through the module at once. Activations are many times larger, so full gradients of
 # thousands of images are summed piece by piece. The pieces affect rounding; they are the same in every engine.
@@ -269,19 +272,26 @@ class Task:
                 hook.remove()
         return max(found, 2 * self.layout.size * len(inputs))
 
-    def evaluate(self, model: Tensor, inputs: Tensor, labels: Tensor) -> dict[str, float]:
+    def evaluate(
+        self, model: Tensor, inputs: Tensor, labels: Tensor, forward: Forward | None = None
+    ) -> dict[str, float]:
         """Return the mean `loss` and the metrics, by name, of the model `[params]` on labeled examples.
 
-        For classification, these are `accuracy` (0 to 1) and `loss` (nats). On a CPU, convolutions of torch and fedpriv
-        take images with channels innermost here, also without `channels_last`: it is faster, and logits are equal up
-        to rounding. Other modules may contain views that need the usual order.
+        For classification, these are `accuracy` (0 to 1) and `loss` (nats).
+
+        Args:
+            model: x, `[params]`.
+            inputs: `[examples, *input_shape]`.
+            labels: `[examples]`.
+            forward: Computes the outputs elsewhere; None for `outputs` here.
         """
         loss, meters = 0.0, {metric.name: meter_of(metric, self.kind) for metric in self.kind.measured}
-        self._load(model.to(self.device))
         with torch.no_grad():
-            for x, y in _pieces(self._evaluation_width(inputs), inputs, labels):
-                outputs = self._forward(self._for_evaluation(x.to(self.device))).contiguous()
-                y = y.to(self.device)
+            self._load(model.to(self.device))
+            size = max(MAX_PIECE_FLOATS // self._evaluation_width(inputs), 1)
+            found = (forward or self.outputs)(model, inputs, size)
+            for outputs, y in zip(found, labels.split(size), strict=True):
+                outputs, y = outputs.to(self.device), y.to(self.device)
                 if self.kind.plain:
                     loss += float(F.cross_entropy(outputs, y, reduction="sum").double())
                 else:
@@ -289,6 +299,23 @@ class Task:
                 for meter in meters.values():
                     meter.update(outputs, y)
         return {**{name: meter.value() for name, meter in meters.items()}, "loss": loss / len(labels)}
+
+    @torch.no_grad()
+    def outputs(self, model: Tensor, inputs: Tensor, size: int) -> Iterator[Tensor]:
+        """Yield the outputs `[size, ...]` of pieces of `size` examples, the last one of the rest; without gradients.
+
+        On a CPU, convolutions of torch and fedpriv take images with channels innermost here, also without
+        `channels_last`: it is faster, and logits are equal up to rounding. Other modules may contain views that need
+        the usual order.
+
+        Args:
+            model: x, `[params]`.
+            inputs: `[examples, *input_shape]`, on any device.
+            size: Examples in one piece, at least 1.
+        """
+        self._load(model.to(self.device))
+        for x in inputs.split(size):
+            yield self._forward(self._for_evaluation(x.to(self.device))).contiguous()
 
     @cached_property
     def _takes_channels_last(self) -> bool:
@@ -304,7 +331,7 @@ class Task:
         return torch.empty(inputs.shape, dtype=inputs.dtype, memory_format=torch.channels_last).copy_(inputs)
 
     def _evaluation_width(self, inputs: Tensor) -> int:
-        """Return the floats of one example that `_pieces` should count in an evaluation; call it without gradients."""
+        """Return the floats of one example that a piece should count in an evaluation; call it without gradients."""
         width, shape = _width(inputs, 1), tuple(inputs.shape[1:])
         if shape not in self._widths:
             few = torch.zeros((2, *shape), dtype=inputs.dtype, device=self.device)

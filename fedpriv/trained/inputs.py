@@ -9,16 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpriv.data.dataset import DATASETS
 from fedpriv.data.labels import labels_as
 from fedpriv.data.own import labelled_arrays
+from fedpriv.data.text.tokens import Texts
 from fedpriv.data.user_files import Csv, read_arrays
 from fedpriv.errors import UserError
+from fedpriv.experiment.schema import field_names, read_table
 from fedpriv.tables import Record
 from fedpriv.trained.module import Trained
 
 __all__ = ["read_examples", "read_inputs"]
 
 _KINDS = (".npz", ".npy", ".csv")
+_TABLES = (".csv", ".tsv")
 
 
 def read_inputs(trained: Trained, path: Path, *, prepared: bool = False) -> Tensor:
@@ -27,13 +31,17 @@ def read_inputs(trained: Trained, path: Path, *, prepared: bool = False) -> Tens
     Args:
         trained: The run.
         path: A `.npz` file with an array `inputs`, or a `.npy` file, or a `.csv` file: with the declared columns if
-            the data set is a table, otherwise with the numbers of one input in each row.
+            the data set is a table, with the column of texts if it is one of texts (also `.tsv`), otherwise with the
+            numbers of one input in each row.
         prepared: True if the numbers are scaled already. A table's `.npz` and `.npy` files always are.
 
     Raises:
         UserError: If the file cannot be read, or has other shapes or values.
     """
-    kind = _kind(path, "--inputs")
+    texts = None if prepared else _texts(trained)
+    kind = _kind(path, "--inputs", texts)
+    if texts is not None and kind in _TABLES:
+        return _shaped(trained, path, texts.read_inputs(path), prepared)
     if kind == ".csv":
         table = _table(trained)
         return _shaped(trained, path, _rows_of_numbers(path) if table is None else table.read_inputs(path), prepared)
@@ -45,13 +53,15 @@ def read_examples(trained: Trained, path: Path, *, prepared: bool = False) -> tu
 
     Args:
         trained: The run.
-        path: A `.npz` file with `inputs` and `labels`; or a `.csv` file with the declared columns and the target.
+        path: A `.npz` file with `inputs` and `labels`; or a `.csv` file with the declared columns and the target, or
+            with texts and their labels.
         prepared: See `read_inputs`.
 
     Raises:
         UserError: If the file cannot be read, or does not suit the run.
     """
-    kind, table = _kind(path, "--data"), _table(trained)
+    texts = _texts(trained)
+    kind, table = _kind(path, "--data", texts), texts or _table(trained)
     if kind == ".npy" or (kind == ".csv" and table is None):
         remedy = "Write both arrays with numpy.savez"
         raise UserError("--data", "a .npz file with inputs and labels", str(path), remedy)
@@ -70,12 +80,21 @@ def read_examples(trained: Trained, path: Path, *, prepared: bool = False) -> tu
     return inputs, made
 
 
-def _kind(path: Path, option: str) -> str:
-    if path.suffix not in _KINDS:
-        raise UserError(option, f"a file {', '.join(_KINDS)}", str(path), "Convert it to one of these")
+def _kind(path: Path, option: str, texts: Texts | None) -> str:
+    kinds = _KINDS if texts is None else (*_KINDS, ".tsv")
+    if path.suffix not in kinds:
+        raise UserError(option, f"a file {', '.join(kinds)}", str(path), "Convert it to one of these")
     if not path.is_file():
         raise UserError(option, "an existing file", str(path), "Correct the path")
     return path.suffix
+
+
+def _texts(trained: Trained) -> Texts | None:
+    """Return a reader of texts with the run's settings; None if its data set is of another kind."""
+    table = cast(Record, trained.tables["data"])
+    if DATASETS.get(table["name"]) is not Texts:
+        return None
+    return read_table(Texts, {key: value for key, value in table.items() if key in field_names(Texts)}, "data")
 
 
 def _table(trained: Trained) -> Csv | None:

@@ -74,11 +74,11 @@ def ours(
     return Contender(name=name, command=command, workers=workers, workloads=workloads, same_step=same_step)
 
 
-def rival(name: str, workers: Sequence[int]) -> Contender:
+def rival(name: str, workers: Sequence[int], workloads: tuple[str, ...] = CENTRAL) -> Contender:
     """Return a rival in its own environment."""
     reason = "" if is_installed(name) else "not installed: run rivals/setup.py"
-    script = HERE / "rivals" / f"run_{name}.py"
-    return Contender(name=name, command=(str(interpreter(name)), str(script)), workers=tuple(workers), reason=reason)
+    command = (str(interpreter(name)), str(HERE / "rivals" / f"run_{name}.py"))
+    return Contender(name=name, command=command, workers=tuple(workers), workloads=workloads, reason=reason)
 
 
 IDEAL = Contender(name="ideal", command=(sys.executable, str(HERE / "ideal.py")), workloads=CENTRAL + LOCAL + EXPERT)
@@ -100,7 +100,10 @@ OURS = (
     ),
 )
 FLOWER = Contender(name="flower", command=(sys.executable, str(HERE / "rivals" / "run_flower.py")))
-OTHERS = (rival("pfl", (1, 2)), rival("blazefl", (1, 2)), rival("fluke", (1,)), rival("flsim", (1,)), FLOWER)
+OTHERS = (
+    rival("jax", (1,), EXPERT),
+    *(rival("pfl", (1, 2)), rival("blazefl", (1, 2)), rival("fluke", (1,)), rival("flsim", (1,)), FLOWER),
+)
 assert set(RIVALS) <= {contender.name for contender in OTHERS}
 
 

@@ -185,6 +185,7 @@ class _Told:
 
     other: int | None
     name: str = "told"
+    forward: None = None
 
     def sum_messages(self, broadcast: Broadcast) -> Total:
         messages = [-1.0 if client == self.other else 1.0 for client in broadcast.cohort.tolist()]

@@ -16,6 +16,7 @@ from fedpriv.deploy.device.heads import KEY_FILE, Head
 from fedpriv.deploy.device.ledger import Ledger, account_of, spent
 from fedpriv.deploy.heads import HEADS_FILE, HeadBook
 from fedpriv.deploy.operate.backup import back_up, restore
+from fedpriv.deploy.setup.check import check_folder
 from fedpriv.errors import UserError
 from fedpriv.files import lock_file
 from fedpriv.flower.refusals import Refusal
@@ -103,7 +104,8 @@ def test_after_a_charge_of_all_nothing_more_is_released(node: Path) -> None:
         with pytest.raises(Refusal, match="epsilon after another message") as caught:
             ask(device_of(node, epsilon), instructions(), terms(run="another"))
         assert caught.value.kind == "budget"
-    assert "charged     epsilon inf" in account_of(node / "state", 8.0, 1e-5, "replace")
+    assert "charged     the whole budget for releases" in account_of(node / "state", 8.0, 1e-5, "replace")
+    assert "epsilon left: 0 of 8" in " ".join(finding.line for finding in check_folder(node, connect=False)[node.name])
 
 
 def test_a_charge_counts_in_every_later_release(node: Path) -> None:

@@ -6,11 +6,13 @@ import threading
 from email.utils import format_datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 from deploy_names import HOST
 
 from fedpriv.cli import main
 from fedpriv.deploy.checks import MANIFEST, check_server, split_address
+from fedpriv.deploy.device.ledger import account_of
 from fedpriv.deploy.setup.certificates import Authority, Pair, make_node_key
 from fedpriv.deploy.setup.provision import Deployment, init_deployment
 from fedpriv.errors import UserError
@@ -77,6 +79,11 @@ def key_of_another_kind(folder):
 
 def key_of_another_certificate(folder):
     (folder / "server" / "server.key").write_bytes((folder / "ca" / "ca.key").read_bytes())
+
+
+def own_file_without_labels(folder):
+    np.savez(folder / "node-0" / "me.npz", inputs=np.zeros((2, 3)))
+    change(folder / "node-0" / "fedpriv-client.toml", 'own = ""', 'own = "me.npz"')
 
 
 DAMAGE = {
@@ -159,6 +166,26 @@ DAMAGE = {
         lambda d: change(d / "node-0" / "fedpriv-client.toml", "epsilon = 8.0", "epsilon = -1"),
         "limits.epsilon: expected a finite number above 0",
     ),
+    "data folder": (
+        "node-0",
+        lambda d: change(d / "node-0" / "node.toml", '# data-root = "/path/to/data"', 'data-root = "/none/data"'),
+        "data-root: expected an existing folder, got /none/data",
+    ),
+    "own data": (
+        "node-0",
+        lambda d: change(d / "node-0" / "fedpriv-client.toml", 'own = ""', 'own = "me.npz"'),
+        "me.npz: expected this client's own data, got a missing file",
+    ),
+    "own data of another kind": (
+        "node-0",
+        own_file_without_labels,
+        "expected inputs, labels and classes, got a file without classes, labels",
+    ),
+    "own data that are no archive": (
+        "node-0",
+        lambda d: change(d / "node-0" / "fedpriv-client.toml", 'own = ""', 'own = "node.toml"'),
+        "expected an .npz file, got a file of a different format",
+    ),
     "insecure": (
         "admin",
         lambda d: change(d / "admin" / "config.toml", "address", "insecure = true\naddress"),
@@ -227,6 +254,12 @@ def test_a_node_has_room_to_write_its_largest_memory_once_more(deployment, capsy
     leave(monkeypatch, 150 * MIB)
     code, printed = check(capsys, deployment / "node-0")
     assert (code, "space wrong 150 MiB free" in printed) == (2, True)
+
+
+def test_a_node_shows_the_rest_of_its_budget_and_names_no_adversary_yet(deployment, capsys):
+    assert "complete, with 0 lines; epsilon left: 8 of 8" in check(capsys, deployment / "node-0")[1]
+    assert account_of(deployment / "node-0" / "state", 8.0, 1e-5, "replace").startswith("spent       epsilon 0 of 8")
+    assert "adversary" not in account_of(deployment / "node-0" / "state", 8.0, 1e-5, "replace")
 
 
 def test_a_policy_for_smaller_models_needs_less_room(deployment, capsys, monkeypatch):

@@ -23,6 +23,7 @@ from fedpriv.deploy.setup.provision import Deployment, add_nodes, init_deploymen
 from fedpriv.deploy.setup.roster import CONNECTION, Roster, key_in
 from fedpriv.errors import UserError
 from fedpriv.flower.internals import superlink as superlink_internals
+from fedpriv.flower.internals.control import SilentServerError, once_it_answers
 from fedpriv.flower.internals.superlink import KnownNode, administering
 
 
@@ -214,3 +215,28 @@ def test_a_file_that_is_no_key_keeps_the_others_from_nothing(deployment: Path) -
     lines, faults = register_nodes(deployment)
     assert lines == ["node-1: registered", "node-2: registered"]
     assert [fault.split(":")[0] for fault in faults] == ["node-0"]
+
+
+def test_registration_waits_for_a_server_that_starts() -> None:
+    said: list[str] = []
+    answers = iter([SilentServerError("s", "an answer", "silence", "Start it"), ["node-0: registered"]])
+
+    def ask() -> list[str]:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert once_it_answers(ask, 30.0, said.append) == ["node-0: registered"]
+    assert said == ["waiting     for the server's answer, at most 30 s"]
+
+
+def test_a_wait_ends_and_other_refusals_are_not_waited_out() -> None:
+    for error in (SilentServerError("s", "an answer", "silence", "Start it"), UserError("s", "a", "b", "c")):
+
+        def ask(error: UserError = error) -> None:
+            raise error
+
+        with pytest.raises(UserError) as refused:
+            once_it_answers(ask, 0.0 if isinstance(error, SilentServerError) else 60.0, lambda _: None)
+        assert refused.value is error

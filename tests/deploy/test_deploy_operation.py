@@ -324,7 +324,7 @@ def test_the_entry_points_of_the_images_run_report_and_are_healthy(tmp_path: Pat
         events = [json.loads(line) for line in party.log(name).splitlines()]
         assert {*events[0]} == KEYS
         assert {(event["source"], event["name"]) for event in events} == {(name.split("-")[0], name)}
-        assert any("metrics at http://" in event["message"] for event in events)
+        assert [e["level"] for e in events if "metrics at http://" in e["message"]] == ["info"]
         assert len(events) > 2
 
 

@@ -212,6 +212,10 @@ def test_a_new_client_takes_part_where_the_plan_has_its_number() -> None:
         "node-3: at once in large, whose plan has 4 clients",
         "in the next run with clients = 4 or more in [data]",
     ]
+    assert part_in_words([3], [run_view("small", 3, "stopped"), run_view("small", 3)]) == [
+        "node-3: not in small, whose plan has 3 clients and does not change",
+        "in the next run with clients = 4 or more in [data]",
+    ]
 
 
 def test_a_node_is_added_and_registered_and_no_other_file_of_a_node_changes(

@@ -191,6 +191,36 @@ def test_batches_of_classes_are_the_same_bits_for_any_number_of_workers() -> Non
     assert float((found[-1] - reference[-1]).abs().max()) <= 1e-6
 
 
+@pytest.mark.parametrize("kill", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("some_ray")
+def test_workers_elsewhere_evaluate_as_this_process_does(kill: bool) -> None:
+    """A worker that dies in an evaluation takes no round with it."""
+    made = CASES["memory"]
+    task, data = made.population.task, made.population.federation.dataset
+    inputs, labels = data.train_inputs[:50], data.train_labels[:50]
+    model = models_of(made, rounds=1)[-1]
+    local = LoopEngine(made.population)
+    broadcasts = [Broadcast(round, model, np.arange(4), CLIENTS) for round in (1, 2)]
+    expected = [local.sum_messages(broadcast).sum for broadcast in broadcasts]
+    with over_ray(made, address="auto") as engine:
+        assert engine.forward is not None
+        assert same(engine.sum_messages(broadcasts[0]).sum, expected[0])
+        if kill:
+            ray.kill(engine._hosts[1])
+        pieces = list(engine.forward(model, inputs, 7))
+        assert [len(piece) for piece in pieces] == [7] * 7 + [1]
+        assert all_same(pieces, list(task.outputs(model, inputs, 7)))
+        assert task.evaluate(model, inputs, labels, engine.forward) == task.evaluate(model, inputs, labels)
+        assert same(engine.sum_messages(broadcasts[1]).sum, expected[1])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("some_ray")
+def test_workers_on_the_cores_of_this_machine_leave_evaluations_to_this_process() -> None:
+    with over_ray(CASES["memory"]) as engine:
+        assert engine.forward is None
+
+
 class OneWorker(VectorizedEngine):
     """Return the work of a single worker: the classes of three units, one after the other."""
 

@@ -304,7 +304,7 @@ def test_several_experiments_are_compared_by_how_much_their_clients_differ(tmp_p
     (tmp_path / "skewed.toml").write_text(small().to_toml())
     assert call("data", "iid.toml", "skewed.toml") == 0
     lines = {words[0]: words[1:] for line in capsys.readouterr().out.splitlines() if (words := line.split())}
-    assert lines["iid.toml"] == ["skewed.toml"]
+    assert lines["iid"] == ["skewed"]
     iid, skewed = map(float, lines["label_tv"])
     assert iid < skewed
     assert {"size_gini", "gradient_dissimilarity"} <= set(lines)

@@ -2,13 +2,15 @@
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from safetensors import safe_open
 from support.helpers import EXAMPLES, same
+from torch import Tensor
 
 from fedpriv.engines import LoopEngine, VectorizedEngine
 from fedpriv.engines.fused_noise import FusedNoise, can_fuse, without_noise
@@ -386,6 +388,29 @@ def test_a_resumed_run_keeps_its_noise_and_its_precision(tmp_path: Path) -> None
     assert (tmp_path / "engine.json").read_bytes() == before
     ran = run_experiment(config_of(), tmp_path, resume=True)["execution"]
     assert (ran["client_noise"], ran["precision"]) == ("faithful", "bfloat16")
+
+
+@pytest.mark.parametrize("noise", ["fused", "faithful"])
+def test_an_engine_that_computes_outputs_is_asked_for_evaluations(
+    noise: Literal["fused", "faithful"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(data={**TABLES["data"], "validation": 0.2})
+    expected = run_experiment(config, tmp_path / "here", engine="loop")
+    asked: list[int] = []
+    task = assemble(config).population.task
+
+    def forward(model: Tensor, inputs: Tensor, size: int) -> Iterable[Tensor]:
+        asked.append(len(inputs))
+        return task.outputs(model, inputs, size)
+
+    monkeypatch.setattr(LoopEngine, "forward", staticmethod(forward))
+    execution = Execution(client_noise=noise)
+    found = run_experiment(config, tmp_path / "there", engine="loop", execution=execution)
+    data = assemble(config).population.federation.dataset
+    assert data.validation_inputs is not None
+    assert asked == 2 * [len(data.test_inputs), len(data.validation_inputs)]  # the first and the last model
+    if noise == "fused":
+        assert found["test_loss"] == expected["test_loss"]
 
 
 def test_flower_is_no_engine_in_process(tmp_path: Path) -> None:

@@ -325,7 +325,7 @@ def test_an_exception_in_forward_names_the_file_and_the_line(folder):
             r"^model\.name: expected a class that can be imported, got .*which the module does not have.*'Net'",
         ),
         ("ends.py:Net", r"^model\.name: expected a class that can be imported, got .*SystemExit"),
-        ("absent.py:Net", r"^model\.name: expected a class that can be imported, .*FileNotFoundError"),
+        ("absent.py:Net", r"^model\.name: expected a class that can be imported, got .*and there is no such file"),
         ("no_such_package:Net", r"^model\.name: expected a class that can be imported, .*ModuleNotFoundError"),
     ],
 )

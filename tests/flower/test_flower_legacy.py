@@ -135,6 +135,41 @@ def test_an_argument_of_flowers_strategies_is_named_with_ours(options: dict[str,
         DPFedAvg(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"privacy": 8.0}, r"privacy: .* got 8\.0\. Give Privacy\(epsilon=\.\.\.\)"),
+        ({"server_optimizer": "adam"}, r"server_optimizer: .* got 'adam'\. Give Adam\(\)"),
+        ({"server_optimizer": Adam}, r"server_optimizer: .* got the class Adam\. Give Adam\(\)"),
+        ({"cohort": 5}, r"cohort: .* got 5\. Give FixedSize\(population=100, size=10\)"),
+        ({"adaptive": True}, r"adaptive: .* got True\. Give AdaptiveBound\(\)"),
+        ({"noise": "banded"}, r"noise: .* got 'banded'\. Give NoiseChoice"),
+        ({"out": 3}, r"out: expected a path, a RunFolder or None, got 3"),
+        ({"seed": "a"}, r"seed: expected a whole number from 0, got 'a'"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_when_the_strategy_is_made(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        DPFedAvg(**options)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"initial_arrays": None}, "initial_arrays: expected an ArrayRecord, got NoneType"),
+        ({"initial_arrays": {"w": 1}}, "initial_arrays: expected an ArrayRecord, got dict"),
+        ({"initial_arrays": ArrayRecord()}, "initial_arrays: expected the arrays of a model, got an empty record"),
+        ({"num_rounds": 0}, "num_rounds: expected a whole number from 1, got 0"),
+        ({"num_rounds": "3"}, "num_rounds: expected a whole number from 1, got '3'"),
+        ({"timeout": -1}, "timeout: expected seconds above 0, got -1"),
+    ],
+)
+def test_a_start_without_a_first_round_is_refused_before_nodes_are_asked(given: dict[str, Any], says: str) -> None:
+    grid: Any = None
+    with pytest.raises(UserError, match=says):
+        DPFedAvg().start(grid, **{"initial_arrays": ArrayRecord({"w": Array(START[0])}), **given})
+
+
 def test_every_argument_of_flowers_strategies_has_a_line() -> None:
     from inspect import signature
 

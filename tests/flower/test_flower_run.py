@@ -229,6 +229,16 @@ def test_settings_change_the_experiment_of_the_run_config(toml):
     assert json.dumps(run.load().name) == '"two words"'
 
 
+def test_a_computer_on_which_ray_starts_too_slowly_is_named(tmp_path):
+    log = tmp_path / "flower.log"
+    log.write_text(
+        "Exception: The current node timed out during startup. This could happen because some raylet failed.\n"
+        "RuntimeError: Simulation Runtime crashed.\n"
+    )
+    error = launch.failure_in(tmp_path / "failure.txt", log, "")
+    assert "--engine: expected Ray, which Flower uses, to start within 30 seconds, got a slower computer" in str(error)
+
+
 @pytest.mark.slow
 def test_flwr_run_of_this_folder_runs_a_shipped_experiment(tmp_path, monkeypatch):
     """The bundle that Flower builds from a clone contains everything that its processes need."""

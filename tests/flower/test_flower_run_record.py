@@ -14,6 +14,7 @@ from flower_in_process import InProcessGrid, inside_a_run
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 
 from fedpriv.errors import UserError
+from fedpriv.experiment.config import load_config
 from fedpriv.experiment.results import compare_runs, load_model, load_results
 from fedpriv.flower import AlphaNormEC, DPFedAvg, MethodStrategy, Privacy, RunFolder
 from fedpriv.flower.messages import FEDPRIV, asks_node_info
@@ -195,6 +196,31 @@ def test_a_run_that_differs_or_lost_its_checkpoint_is_not_resumed(tmp_path: Path
     (tmp_path / "checkpoint.safetensors").unlink()
     with pytest.raises(UserError, match="got rows up to round 1, and a missing checkpoint"):
         start(strategy_in(tmp_path, seed=3))
+
+
+def test_refusals_name_the_arguments_of_a_strategy(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file: expected a writable folder, .* Choose another out\.$"):
+        start(strategy_in(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"^log: expected a known tracker, got 'mlflw'") as refused:
+        start(strategy_in(RunFolder(tmp_path / "run", log=("mlflw",))))
+    assert refused.value.where == "log"
+
+
+def test_an_evaluation_without_a_record_ends_the_run_before_its_first_round(tmp_path: Path) -> None:
+    asked: list[int] = []
+    with pytest.raises(
+        UserError, match=r"evaluate_fn: expected a MetricRecord or None, got 0\.5\. Return MetricRecord"
+    ):
+        start(strategy_in(tmp_path), look=lambda *_: 0.5, hook=lambda *_: asked.append(1) is None)
+    assert len(asked) == CLIENTS  # the questions about the nodes
+    assert not (tmp_path / "rounds.jsonl").exists() or not rows(tmp_path)
+
+
+def test_the_description_of_a_run_is_no_experiment(tmp_path: Path) -> None:
+    start(strategy_in(tmp_path), rounds=1)
+    with pytest.raises(UserError, match="expected an experiment, got the description of a run of a Flower app"):
+        load_config(tmp_path / "config.toml")
 
 
 def test_an_older_checkpoint_than_the_rows_would_spend_twice_and_is_refused(tmp_path: Path) -> None:

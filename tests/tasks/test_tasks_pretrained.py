@@ -6,10 +6,15 @@ import pytest
 import torch
 from torch import nn
 
+from fedpriv.cli import main
 from fedpriv.data.text.tokens import Texts
 from fedpriv.errors import UserError
+from fedpriv.experiment.config import load_config
+from fedpriv.experiment.run import run_experiment
 from fedpriv.tasks.adapters import Head, Lora, lora_layers, merged
 from fedpriv.tasks.adapters.pretrained import ImageBody, TextEncoder
+from fedpriv.trained.inputs import read_examples, read_inputs
+from fedpriv.trained.module import load_trained
 
 WORDS = ["[PAD]", "[UNK]", "a", "good", "bad", "film", "very"]
 
@@ -121,3 +126,35 @@ def test_a_network_of_timm_with_a_frozen_body(tmp_path: Path) -> None:
     ]
     with pytest.raises(UserError, match=r"model.architecture"):
         ImageBody(architecture="no-such-net").build((3, 8, 8), 4, 0)
+
+
+def test_a_run_on_texts_reads_files_of_texts(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "".join(f"who{i % 2},{'good' if i % 3 else 'bad'} film,{int(i % 3 > 0)}\n" for i in range(12))
+    (tmp_path / "all.csv").write_text(f"user,sentence,label\n{rows}")
+    settings = {"file": "all.csv", "tokenizer": str(tokenizer), "length": 3, "client": "user"}
+    config = load_config(
+        {
+            "name": "texts",
+            "seed": 1,
+            "data": {"name": "text", **settings, "partition": "natural", "test": "within"},
+            "model": {"name": "softmax"},
+            "method": {"name": "dp-fedavg"},
+            "training": {"rounds": 0},
+        }
+    )
+    run_experiment(config, tmp_path / "run", engine="loop", data_root=tmp_path)
+    trained = load_trained(tmp_path / "run")
+    (tmp_path / "new.tsv").write_text('sentence\tlabel\na "good film\t1\n')
+    assert read_inputs(trained, tmp_path / "new.tsv").tolist() == [[2.0, 1.0, 3.0]]
+    inputs, labels = read_examples(trained, tmp_path / "all.csv")
+    assert inputs.shape == (12, 3)
+    assert labels.tolist() == [int(i % 3 > 0) for i in range(12)]
+    (tmp_path / "other.csv").write_text("words\nfilm\n")
+    with pytest.raises(UserError, match=r"data\.text: expected a column of other\.csv, got 'sentence'"):
+        read_inputs(trained, tmp_path / "other.csv")
+    with pytest.raises(SystemExit) as ended:
+        main(["predict", str(tmp_path / "run"), "--inputs", str(tmp_path / "all.csv")])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.count("\n") == 13

@@ -1,8 +1,9 @@
 """A user's file of labeled texts, read as numbers of tokens by the tokenizer of a pretrained model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from fedpriv.data.files import DATA_ROOT_VARIABLE, default_data_root, local_path
 from fedpriv.data.own import dataset_of
 from fedpriv.errors import UserError, nearest, require_extra
 from fedpriv.privacy.released import Whose
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["Texts"]
 
@@ -73,24 +77,46 @@ class Texts:
             found["classes"] = self.label_count
         return dataset_of(found, Path(self.file).name)
 
-    def _read(self, root: Path, file: str, key: str) -> dict[str, object]:
-        import pandas as pd
+    def read_inputs(self, path: Path) -> np.ndarray:
+        """Return the texts of another file as inputs, float32 `[rows, length]`.
 
+        Raises:
+            UserError: If the file is damaged, or lacks the column.
+        """
+        return self._tokens(self._frame(path, ("text",))[self.text].astype(str).tolist())
+
+    def read_labels(self, path: Path) -> np.ndarray:
+        """Return the labels of another file, `[rows]`.
+
+        Raises:
+            UserError: If the file is damaged, or lacks the column.
+        """
+        return self._frame(path, ("target",))[self.target].to_numpy()
+
+    def _read(self, root: Path, file: str, key: str) -> dict[str, object]:
         path = root / Path(file).expanduser()
         if not path.is_file():
             remedy = f"Give a path from the data root, which --data-root or {DATA_ROOT_VARIABLE} sets"
             raise UserError(key, "an existing file", str(path), remedy)
+        frame = self._frame(path, ("text", "target", "client"))
+        inputs = self._tokens(frame[self.text].astype(str).tolist())
+        arrays: dict[str, object] = {"inputs": inputs, "labels": frame[self.target].to_numpy()}
+        return arrays if self.client is None else {**arrays, "client_ids": frame[self.client].astype(str).to_numpy()}
+
+    def _frame(self, path: Path, keys: Sequence[str]) -> "pd.DataFrame":
+        """Return the table of a file, which has the columns that these keys name."""
+        import pandas as pd
+
         options = {"sep": "\t", "quoting": 3} if path.suffix == ".tsv" else {}
         try:
             frame = pd.read_csv(path, keep_default_na=False, **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
         except (OSError, ValueError) as error:
             raise UserError(str(path), "a table with a header", str(error)[:200], "Correct the file") from None
-        for name, column in (("text", self.text), ("target", self.target), ("client", self.client)):
+        for key in keys:
+            column: str | None = getattr(self, key)
             if column is not None and column not in frame:
-                raise UserError(f"data.{name}", f"a column of {path.name}", repr(column), nearest(column, frame))
-        inputs = self._tokens(frame[self.text].astype(str).tolist())
-        arrays: dict[str, object] = {"inputs": inputs, "labels": frame[self.target].to_numpy()}
-        return arrays if self.client is None else {**arrays, "client_ids": frame[self.client].astype(str).to_numpy()}
+                raise UserError(f"data.{key}", f"a column of {path.name}", repr(column), nearest(column, frame))
+        return frame
 
     def _tokens(self, texts: list[str]) -> np.ndarray:
         """Return the numbers of tokens, float32 `[texts, length]`; float32 is exact for them."""

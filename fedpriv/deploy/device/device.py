@@ -221,7 +221,9 @@ class Device:
             if not epsilon <= budget:
                 self._refuse_deltas(releases, delta, unit)
                 expected = f"at most {budget:g} at delta = {limits.delta:g} for one {unit}, over all runs"
-                remedy = f"Ask this client's operator, who sets its budget in {POLICY_FILE}"
+                remedy = (
+                    f"Runs that cost less may still fit. {POLICY_FILE} sets this client's total budget, in [limits]"
+                )
                 raise Refusal("budget", "epsilon after another message", expected, in_words(epsilon), remedy)
 
     def _refuse_deltas(self, releases: list[Entry], delta: float, unit: UnitName) -> None:

@@ -3,6 +3,7 @@
 `fedpriv deploy init` creates such a folder for each node. `fedpriv deploy node` runs one, unless a check fails.
 """
 
+import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,7 @@ def check_node_folder(folder: Path) -> list[Finding]:
         *judge(NODE_TOML, lambda: f"for {NodeSettings.read(folder / NODE_TOML).superlink}"),
         *judge("node key", lambda: key_pair(folder)),
         *judge("policy", lambda: _policy(folder)),
+        *_data(folder),
         *check_versions(folder),
     ]
     if (folder / "ca.crt").is_file():
@@ -107,6 +109,46 @@ def check_node_folder(folder: Path) -> list[Finding]:
     with suppress(UserError):  # already a finding
         findings += _space(folder, load_policy(folder / POLICY_FILE))
     return findings
+
+
+def _data(folder: Path) -> list[Finding]:
+    """Check that the data that `node.toml` and the policy name are there."""
+    found: list[Finding] = []
+    with suppress(UserError):  # already a finding
+        if root := NodeSettings.read(folder / NODE_TOML).data_root:
+            found += judge("data-root", lambda: _existing_folder(Path(root)))
+    with suppress(UserError):
+        if own := load_policy(folder / POLICY_FILE).data.own:
+            found += judge("own data", lambda: _own_arrays(folder / Path(own).expanduser()))
+    return found
+
+
+def _existing_folder(root: Path) -> str:
+    if not root.is_dir():
+        remedy = f"Correct it in {NODE_TOML}, or mount the disk"
+        raise UserError("data-root", "an existing folder", str(root), remedy)
+    return str(root)
+
+
+def _own_arrays(path: Path) -> str:
+    """Return a line about a client's own file, without reading its arrays.
+
+    Raises:
+        UserError: If it is missing, or not an .npz with the three arrays.
+    """
+    remedy = f"Write it with numpy.savez(path, inputs=..., labels=..., classes=...), or correct `own` in {POLICY_FILE}"
+    try:
+        with zipfile.ZipFile(path) as file:
+            names = {Path(name).stem for name in file.namelist()}
+    except FileNotFoundError:
+        raise UserError(str(path), "this client's own data", "a missing file", remedy) from None
+    except OSError as error:
+        raise UserError(str(path), "a readable file", error.strerror or error, remedy) from None
+    except zipfile.BadZipFile:
+        raise UserError(str(path), "an .npz file", "a file of a different format", remedy) from None
+    if missing := {"inputs", "labels", "classes"} - names:
+        raise UserError(str(path), "inputs, labels and classes", f"a file without {', '.join(sorted(missing))}", remedy)
+    return f"{path.name} has inputs, labels and classes"
 
 
 # A memory is two states and a message, in float32, and is rewritten next to the previous one; bytes of a ledger line.

@@ -23,7 +23,7 @@ from fedpriv.deploy.device.memory import remembered_ledgers
 from fedpriv.errors import UserError, number_of
 from fedpriv.files import append_durably, finish_replacing, make_private_folder, only_one, prepare_replacing
 from fedpriv.flower.privacy_terms import PrivacyTerms
-from fedpriv.privacy import REPLACE_FACTOR, Adjacency, Everyone, Local, PrivacyPlan, UnitName, rounded_up
+from fedpriv.privacy import REPLACE_FACTOR, Adjacency, Everyone, PrivacyPlan, UnitName, rounded_up
 from fedpriv.privacy.records import RecordBound
 
 __all__ = ["Draft", "Entry", "Ledger", "account_of", "delta_of_runs", "in_words", "spent", "surely_within"]
@@ -329,12 +329,13 @@ def account_of(folder: Path, epsilon: float, delta: float, adjacency: Adjacency,
             )
         lines.append(f"run {run[:12]}  client {last.client}  {last.method}  trust {last.trust}  {what}: {alone}")
     trusts = [trust for entry in entries if (trust := entry.trust_rules) is not None]
-    adversary = max(trusts, key=lambda trust: trust.reliance, default=Local()).adversary
+    against = [f"adversary   {max(trusts, key=lambda trust: trust.reliance).adversary}"] if trusts else []
     all_runs = in_words(spent(entries, delta_left, adjacency, unit) + charged)
     if charged:
-        lines.append(f"charged     epsilon {in_words(charged)} for releases that a restored copy lacked")
+        much = "the whole budget" if math.isinf(charged) else f"epsilon {in_words(charged)}"
+        lines.append(f"charged     {much} for releases that a restored copy lacked")
     total = f"epsilon {all_runs} of {epsilon:g} at delta = {delta:g}, {adjacency} adjacency, for one {unit}"
-    return "\n".join([*lines, f"spent       {total}, all runs together", f"adversary   {adversary}"])
+    return "\n".join([*lines, f"spent       {total}, all runs together", *against])
 
 
 def _plan_of(entry: Entry, unit: UnitName, adjacency: Adjacency) -> PrivacyPlan:

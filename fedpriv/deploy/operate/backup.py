@@ -158,7 +158,7 @@ def _settle(kind: str, part: Path, folder: Path, heads: Path | None, charge: flo
     with only_one(state / "lock"):
         ledger.charge(charge, "restored from a copy that may lack releases")
     (part / KEY_FILE).unlink(missing_ok=True)
-    much = "the whole budget" if math.isinf(charge) else f"epsilon {charge:g}"
+    much = "The whole budget" if math.isinf(charge) else f"Epsilon {charge:g}"
     return f". {much} is charged for releases that the copy may lack"
 
 

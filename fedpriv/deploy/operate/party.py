@@ -37,7 +37,7 @@ def operate(folder: Path, log_format: str = "text", metrics_port: int | None = N
             counts=(lambda: all_counts(folder / "flower")) if kind == "server" else None,
             budgets=(lambda: node_budgets(folder)) if kind == "node" else None,
         )
-        print(f"fedpriv: metrics at http://{host}:{port}/metrics", file=sys.stderr, flush=True)
+        print(f"metrics at http://{host}:{port}/metrics", file=sys.stderr, flush=True)
     warn_daily(folder, superlink)
 
 

@@ -35,6 +35,7 @@ from fedpriv.deploy.setup.connection import connection_of
 from fedpriv.deploy.setup.provision import BUNDLES, DEPLOYMENT, read_deployment
 from fedpriv.deploy.setup.roster import CONNECTION, REMOVED, Roster, key_in
 from fedpriv.deploy.setup.superlink import SERVER_TOML, ServerSettings, check_server_folder
+from fedpriv.deploy.status.view import budget_left
 from fedpriv.errors import UserError, number_of
 
 __all__ = ["check_folder", "print_findings"]
@@ -165,7 +166,10 @@ def _ledger(folder: Path) -> str:
         raise UserError(str(folder / "state"), "a folder", "a file", "Restore it: fedpriv deploy restore")
     ledger = Ledger(folder / "state")
     ledger.entries()
-    return f"complete, with {number_of(ledger.lines, 'line')}"
+    lines = f"complete, with {number_of(ledger.lines, 'line')}"
+    with contextlib.suppress(UserError):  # a finding about the policy
+        return f"{lines}; epsilon left: {budget_left(folder)}"
+    return lines
 
 
 def _check_helper(folder: Path, connect: bool) -> list[Finding]:

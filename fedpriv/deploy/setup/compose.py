@@ -6,7 +6,7 @@ __all__ = ["COMPOSE", "metrics_port", "whole_compose"]
 
 COMPOSE = "compose.yaml"
 
-_FIRST = {"server": 9100, "helper": 9110, "node": 9210}
+_FIRST = {"server": 9109, "helper": 9110, "node": 9210}
 _PORTS = 10_000
 
 _HEAD = """\

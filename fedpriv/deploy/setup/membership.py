@@ -80,7 +80,7 @@ def part_in_words(clients: list[int], runs: list[RunView]) -> list[str]:
             lines.append(
                 f"{names}: not in {run.name}, whose plan has {number_of(run.clients, 'client')} and does not change"
             )
-    return [*lines, f"in the next run with clients = {max(clients) + 1} or more in [data]"]
+    return [*dict.fromkeys(lines), f"in the next run with clients = {max(clients) + 1} or more in [data]"]
 
 
 def registered_by_name(admin: Path, clients: int) -> dict[str, str]:

@@ -21,7 +21,7 @@ from fedpriv.experiment.config import read_config_file
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.tables import Record
 
-__all__ = ["DAMAGED", "DeploymentView", "NodeView", "RunView", "view_of"]
+__all__ = ["DAMAGED", "DeploymentView", "NodeView", "RunView", "budget_left", "view_of"]
 
 _PARTICIPATION = "participation.jsonl"
 _ELSEWHERE = "at the node"
@@ -209,7 +209,7 @@ def _ends(root: Path, certificate: Path, address: str) -> dict[str, str]:
 
 def _days(end: datetime.datetime) -> str:
     days = (end - datetime.datetime.now(datetime.UTC)).days
-    return f"{end:%Y-%m-%d} ({days} days left)" if days >= 0 else f"{end:%Y-%m-%d} (expired)"
+    return f"{end:%Y-%m-%d} ({days} days)" if days >= 0 else f"{end:%Y-%m-%d} (expired)"
 
 
 def _run_view(path: Path, now: float) -> RunView:
@@ -297,20 +297,28 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 1000.0 else f"{value:.4g}"
 
 
+def budget_left(folder: Path) -> str:
+    """Return the epsilon that the ledger in a node's folder leaves, of the total of its policy.
+
+    Raises:
+        UserError: If the policy or the ledger is damaged.
+    """
+    from fedpriv.deploy.device.ledger import Ledger, spent
+    from fedpriv.deploy.device.policy import load_policy
+
+    policy = load_policy(folder / "fedpriv-client.toml")
+    limits, unit = policy.limits, policy.accepts.unit
+    ledger = Ledger(folder / "state")
+    used = spent(ledger.entries(), ledger.share(limits.delta), limits.adjacency, unit) + ledger.charged
+    return f"{_number(max(limits.epsilon - used, 0.0))} of {_number(limits.epsilon)}"
+
+
 def _budget(root: Path | None, name: str, node: NodeView) -> str:
     """Return the budget left: from the node's own folder if it is here, otherwise from its refusals."""
     if name.startswith("helper-"):
         return "none needed"
     if root is not None and (root / name / "fedpriv-client.toml").is_file():
-        from fedpriv.deploy.device.ledger import Ledger, spent
-        from fedpriv.deploy.device.policy import load_policy
-
         with suppress(UserError, OSError):
-            policy = load_policy(root / name / "fedpriv-client.toml")
-            limits, unit = policy.limits, policy.accepts.unit
-            ledger = Ledger(root / name / "state")
-            entries = ledger.entries()
-            used = spent(entries, ledger.share(limits.delta), limits.adjacency, unit) + ledger.charged
-            return f"{_number(max(limits.epsilon - used, 0.0))} of {_number(limits.epsilon)}"
+            return budget_left(root / name)
         return DAMAGED
     return "used up" if node.refused.get("budget") else _ELSEWHERE

@@ -26,6 +26,7 @@ from fedpriv.engines.base import Engine, Population
 from fedpriv.errors import UserError
 from fedpriv.plugins import modules_of_files
 from fedpriv.rounds import Broadcast
+from fedpriv.tasks.task import Task
 
 __all__ = ["Failure", "Host", "MakeLocal", "Partial", "Shipment", "Versions", "merged", "pack", "unpack"]
 
@@ -95,6 +96,7 @@ class Host:
     """
 
     _local: Engine
+    _task: Task
     _warm = False
 
     def ready(self) -> Versions:
@@ -126,6 +128,12 @@ class Host:
         whole = Broadcast(round, _view(model), np.zeros(0, dtype=np.int64), capacity, turn=turn, shared=beside)
         return _caught(lambda: self._run(whole, groups))
 
+    def outputs(
+        self, model: np.ndarray, inputs: np.ndarray, pieces: list[tuple[int, int]]
+    ) -> list[np.ndarray] | Failure:
+        """Return the outputs of pieces of `inputs`, each from a start up to an end; see `Task.outputs`."""
+        return _caught(lambda: self._outputs(_view(model), _view(inputs), pieces))
+
     def save(self) -> Shipment | Failure:
         """Return the states that `Engine.save` of the local engine returns."""
         return _caught(lambda: pack(self._local.save()))
@@ -141,7 +149,13 @@ class Host:
             got = f"torch {torch.__version__} on {platform.node()} without a GPU"
             raise UserError("workers", "a GPU that torch can use", got, "Install torch for GPUs there, or use the CPU")
         people, make_local = unpack(population)
-        self._local = make_local(people, torch.device("cuda" if gpu else "cpu"))
+        device = torch.device("cuda" if gpu else "cpu")
+        self._local = make_local(people, device)
+        self._task = people.task.on(device)
+
+    def _outputs(self, model: Tensor, inputs: Tensor, pieces: list[tuple[int, int]]) -> list[np.ndarray]:
+        found = (self._task.outputs(model, inputs[start:end], end - start) for start, end in pieces)
+        return [piece.cpu().numpy() for outputs in found for piece in outputs]
 
     def _run(self, whole: Broadcast, groups: list[np.ndarray]) -> Partial:
         began = time.perf_counter()

@@ -111,8 +111,8 @@ def _read_queries(tables: Table) -> list[Query]:
         kind = options.pop("kind", None)
         if kind == HeavyHitters.kind:
             remedy = "Use fedpriv analyze or fedpriv privacy"
-            expected = "another kind here: heavy hitters are several analyses, one after the other"
-            raise UserError(f"{where}.kind", expected, repr(kind), remedy)
+            expected = "a kind that one round answers"
+            raise UserError(f"{where}.kind", expected, f"{kind!r}, which takes several", remedy)
         if not isinstance(kind, str) or kind not in KINDS:
             got = "a missing key" if kind is None else repr(kind)
             known = (*KINDS, HeavyHitters.kind)

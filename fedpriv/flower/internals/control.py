@@ -6,11 +6,13 @@ They are apart from those of the server, because importing a server takes second
 
 import io
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 import click
 import httpx
@@ -33,7 +35,9 @@ from flwr.supercore.control import ControlHttpClient
 
 from fedpriv.errors import UserError
 
-__all__ = ["Administrator", "KnownNode", "KnownRun", "SilentServerError", "administering"]
+__all__ = ["Administrator", "KnownNode", "KnownRun", "SilentServerError", "administering", "once_it_answers"]
+
+AnswerT = TypeVar("AnswerT")
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,30 @@ def _in_one_line(address: str = "") -> Iterator[None]:
         reason = error.format_message() if isinstance(error, click.ClickException) else str(error)
         remedy = "See `fedpriv deploy check` of this folder, and admin-from in the server's server.toml"
         raise UserError("the server", "it to accept the request", reason.strip().rstrip("."), remedy) from None
+
+
+def once_it_answers(ask: Callable[[], AnswerT], seconds: float, say: Callable[[str], None]) -> AnswerT:
+    """Return the value of `ask()`, called again as long as the server is silent, for at most `seconds`.
+
+    Args:
+        ask: Asks the server.
+        seconds: The longest wait.
+        say: Called once with a line if the server is silent at first.
+
+    Raises:
+        UserError: If the server still does not answer, or refuses.
+    """
+    end, told = time.monotonic() + seconds, False
+    while True:
+        try:
+            return ask()
+        except SilentServerError:
+            if time.monotonic() >= end:
+                raise
+        if not told:
+            say(f"waiting     for the server's answer, at most {seconds:g} s")
+            told = True
+        time.sleep(1.0)
 
 
 def _seen(node: NodeInfo) -> float | None:

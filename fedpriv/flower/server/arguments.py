@@ -1,11 +1,17 @@
 """Arguments of Flower's strategies, with what takes their place in ours."""
 
+import math
 from collections.abc import Mapping
 
+from flwr.app import ArrayRecord, MetricRecord
+
+from fedpriv.checks import is_real, is_whole
 from fedpriv.errors import UserError
 from fedpriv.experiment.schema import refuse_unknown
+from fedpriv.flower.server.run_record import EvaluateFn
 
-__all__ = ["refuse_arguments"]
+__all__ = ["checked_evaluation", "refuse_arguments", "refuse_start", "refuse_values"]
+
 
 _COHORT = "Give cohort=FixedSize(...) or Poisson(...) of fedpriv.privacy: how clients are drawn decides the noise"
 _EVALUATE = "Give evaluate=True: all clients then evaluate, and their metrics are not protected"
@@ -62,3 +68,71 @@ def refuse_arguments(given: Mapping[str, object], known: list[str], name: str) -
         if key in _INSTEAD and key not in known:
             raise UserError(f"{name}({key}=...)", f"an argument of {name}", "one of Flower's strategies", _INSTEAD[key])
     refuse_unknown(given, known, name)
+
+
+# An argument's value, described, and a member that every valid value has.
+_VALUES = {
+    "privacy": ("a promise or None", "plan", "Give Privacy(epsilon=...) of fedpriv.flower"),
+    "noise": ("a choice of noise or None", "of", 'Give NoiseChoice(kind="banded") of fedpriv.privacy'),
+    "adaptive": ("an adaptive bound or None", "share", "Give AdaptiveBound() of fedpriv.methods"),
+    "server_optimizer": ("an optimizer or None", "init", "Give Adam() of fedpriv.methods.server_optimizers"),
+    "cohort": ("a sampling or None", "population", "Give FixedSize(population=100, size=10) of fedpriv.privacy"),
+    "out": ("a path, a RunFolder or None", "joinpath", 'Give the path of a folder, such as "/home/me/runs/first"'),
+}
+
+
+def refuse_values(given: Mapping[str, object]) -> None:
+    """Raise UserError for the first argument of a strategy whose value has the wrong type.
+
+    Args:
+        given: `privacy`, `noise`, `adaptive`, `server_optimizer`, `cohort`, `seed` and `out`, as far as they are given.
+    """
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name == "seed":
+            if not is_whole(value, 0):
+                raise UserError(name, "a whole number from 0", repr(value), "Omit it unless this is a simulation")
+            continue
+        expected, member, remedy = _VALUES[name]
+        if name == "out" and (isinstance(value, str) or hasattr(value, "path")):
+            continue
+        if isinstance(value, type | str) or not hasattr(value, member):
+            raise UserError(name, expected, _shown(value), remedy)
+
+
+def refuse_start(initial_arrays: object, num_rounds: object, timeout: object) -> None:
+    """Raise UserError for arguments of `strategy.start` with which no round can begin."""
+    if not isinstance(initial_arrays, ArrayRecord):
+        remedy = "Give strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=...)"
+        raise UserError("initial_arrays", "an ArrayRecord", _shown(initial_arrays), remedy)
+    if not is_whole(num_rounds, 1):
+        raise UserError("num_rounds", "a whole number from 1", repr(num_rounds), "Give the number of rounds")
+    if timeout != math.inf and not is_real(timeout, 1e-3):
+        raise UserError("timeout", "seconds above 0", repr(timeout), "Give the longest time for one round")
+
+
+def checked_evaluation(evaluate_fn: EvaluateFn | None) -> EvaluateFn | None:
+    """Return `evaluate_fn` with its values checked: Flower would read them only after the last round.
+
+    Raises:
+        UserError: From the returned function, if it is not given a MetricRecord or None.
+    """
+    if evaluate_fn is None:
+        return None
+
+    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        found = evaluate_fn(server_round, arrays)
+        if found is not None and not isinstance(found, MetricRecord):
+            remedy = 'Return MetricRecord({"accuracy": ...})'
+            raise UserError("evaluate_fn", "a MetricRecord or None", _shown(found), remedy)
+        return found
+
+    return evaluate
+
+
+def _shown(value: object) -> str:
+    """Return a short description of a wrong value."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return repr(value) if isinstance(value, str | int | float) else type(value).__name__

@@ -16,6 +16,7 @@ memories are then reset as after a loss, before the first round. This reveals no
 
 import json
 import logging
+import re
 import secrets
 import time
 import tomllib
@@ -121,10 +122,24 @@ def opened(out: "RunFolder | Path | str | None") -> "Iterator[RunRecord | None]"
         yield None
         return
     folder = out if isinstance(out, RunFolder) else RunFolder(out)
-    stores = check_trackers([folder.log] if isinstance(folder.log, str) else list(folder.log))
-    directory = RunDirectory(Path(folder.path).expanduser().resolve())
-    with directory.locked(), ExitStack() as stack:
-        yield RunRecord(directory, folder.name, stores, stack)
+    with _called_as_arguments(), ExitStack() as stack:
+        stores = check_trackers([folder.log] if isinstance(folder.log, str) else list(folder.log))
+        directory = RunDirectory(Path(folder.path).expanduser().resolve())
+        with directory.locked():
+            yield RunRecord(directory, folder.name, stores, stack)
+
+
+@contextmanager
+def _called_as_arguments() -> "Iterator[None]":
+    """Name the arguments of a strategy in the place of the command's options."""
+    try:
+        yield
+    except UserError as error:
+        line = re.sub(r"--(out|log)\b", r"\1", str(error))
+        if line == str(error):
+            raise
+        error.args, error.where = (line,), error.where.removeprefix("--")
+        raise
 
 
 class RunRecord:

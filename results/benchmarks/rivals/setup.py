@@ -36,6 +36,7 @@ class Recipe:
 _HYDRA = ("hydra-core==1.3.2", "omegaconf==2.3.0", "antlr4-python3-runtime==4.9.3", "opacus==1.6.0")
 
 RIVALS = {
+    "jax": Recipe(bare=("jax==0.10.2",), rest=("jax==0.10.2", "numpy")),
     "pfl": Recipe(
         bare=("pfl==0.6.0", "prv-accountant==0.2.0"),
         rest=("dp-accounting>=0.4,<0.6", "multiprocess", "numpy", "packaging<26", "scipy", "wheel<0.46"),
