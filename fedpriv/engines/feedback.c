@@ -168,7 +168,7 @@ void feed_back_rows(const struct round_parameters *round, const float *signals, 
 }
 
 /* For messages that get noise before they are sent: rows of signals become bounded messages, as in the functions above.
- * `memories` is null for none. A row whose norm is not a normal number is left as it is, and its norm is -1. */
+ * `memories` is null for none. A row without a normal norm is left as it is; its norm is -1. */
 void bound_rows(const struct round_parameters *round, float *signals, size_t count, float *const *memories,
                 float *const *updated, double *norms) {
     const size_t size = round->size;

@@ -38,7 +38,7 @@ typedef float vector __attribute__((vector_size(4 * LANES)));
 #define ROWS 16       /* examples in a block */
 #define PAIR 2        /* examples, or vectors of features, at once */
 #define GROUP 5       /* classes at once */
-#define FEATURES 1024 /* whose weights fit the cache, for one group */
+#define FEATURES 1024 /* at once: the weights of one group fit the cache */
 #define MAX_CLASSES 64
 
 /* Calls `use` with the number of the classes from `first` on as a constant, at most GROUP. */

@@ -88,7 +88,7 @@ def states_of(engine: LoopEngine | VectorizedEngine, rules: Method) -> dict[int,
 def test_vectorized_is_the_loop_up_to_rounding(name: str, work: str, trust: TrustName | None, cohort: str) -> None:
     """Compare the models of twenty rounds within 1e-6, and the states of all clients seen.
 
-    Noise rounds to a grid: a number whose last bits differ may go to the next grid point, but hardly ever does.
+    Noise rounds to a grid: a number with other last bits may go to the next grid point, but hardly ever does.
     """
     method, rounds = EXAMPLES[name], 20
     made = setting(method, work=WORKS[work], sampling=COHORTS[cohort], trust=trust, noise_multiplier=0.05)
