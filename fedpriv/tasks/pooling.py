@@ -112,10 +112,11 @@ class MaxPool(nn.MaxPool2d):
     def __init__(self) -> None:
         super().__init__(2)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, *inputs: Tensor) -> Tensor:
         """Return the maxima `[..., height // 2, width // 2]` of the windows of `[..., height, width]`."""
-        in_c = pooling_in_c() if _suits(input) else None
-        return cast(Tensor, super().forward(input) if in_c is None else _Pooled.apply(input, in_c))
+        (images,) = inputs
+        in_c = pooling_in_c() if _suits(images) else None
+        return cast(Tensor, super().forward(images) if in_c is None else _Pooled.apply(images, in_c))
 
 
 def _suits(inputs: Tensor) -> bool:
