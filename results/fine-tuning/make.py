@@ -10,7 +10,6 @@ run in one process, so that frozen layers see each example once.
 """
 
 import argparse
-import itertools
 import json
 import math
 import sys
@@ -61,18 +60,12 @@ ORDER = (
     *(("images", "epsilon 8"), ("images", "no noise")),
     *(("text", "epsilon 2"), ("images", "epsilon 2")),
 )
-# Rows that are run after all others.
-LATE = (("ffa-lora", CLIPPING + MOMENTUM), ("ffa-lora", NORMEC + MOMENTUM))
+ADAPTERS = ("head", "ffa-lora", "lora", "fed-svd")
 # The third of four steps, a factor of 3 apart; a tenth of it with momentum 0.9.
 STEPS = {("text", CLIPPING): 10.0, ("text", NORMEC): 1.0, ("images", CLIPPING): 10.0, ("images", NORMEC): 1.0}
 FACTORS = (1 / 9, 1 / 3, 1.0, 3.0)
 ROWS = {
-    "text": (
-        *(("head", name + suffix) for name in METHODS for suffix in ("", MOMENTUM)),
-        *(("ffa-lora", name + suffix) for name in METHODS for suffix in ("", MOMENTUM)),
-        ("lora", CLIPPING),
-        ("fed-svd", CLIPPING),
-    ),
+    "text": tuple((adapter, name + suffix) for adapter in ADAPTERS for name in METHODS for suffix in ("", MOMENTUM)),
     "images": tuple(("head", name + suffix) for name in METHODS for suffix in ("", MOMENTUM)),
 }
 TITLES = {"text": "SST-2, MiniLM (6 layers)", "images": "CIFAR-10, EfficientNet-lite0"}
@@ -163,15 +156,14 @@ def run_missing(studies: list[str], data_root: Path | None, seconds: float) -> b
     """Run missing trials until the time is over; return True if none is left."""
     end, bench = time.monotonic() + seconds, Bench(data_root)
     done = set(finished()[KEYS].itertuples(index=False, name=None))
-    for late, (study, cell) in itertools.product((False, True), (each for each in ORDER if each[0] in studies)):
+    for study, cell in (each for each in ORDER if each[0] in studies):
         for seed in SEEDS:
             best = chosen(finished())
             picked = set(
                 best[[*ROW, "step"]][(best["study"] == study) & (best["cell"] == cell)].itertuples(False, None)
             )
             for trial in trials(study, cell, seed):
-                missing = trial.key not in done and (trial.key[2:4] in LATE) == late
-                if not missing or (seed != TUNED_ON and trial.key[2:5] not in picked):
+                if trial.key in done or (seed != TUNED_ON and trial.key[2:5] not in picked):
                     continue
                 if time.monotonic() > end:
                     return False

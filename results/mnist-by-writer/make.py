@@ -1,9 +1,11 @@
 """Make the table and the plot of this folder: private federated learning on MNIST, one client per writer.
 
-    python results/mnist-by-writer/make.py [--data-root DIR] [--jobs N] [--draw]
+    python results/mnist-by-writer/make.py [--data-root DIR] [--jobs N] [--only COLUMNS] [--draw]
 
 For each model, privacy setting and method, every point of the grid below is trained with seed 0 and judged on the
-odd-numbered test images; the best point is trained again with seeds 1, 2 and 3 and judged on the even-numbered ones.
+odd-numbered test images. While the best step is at an end of those tried, the next one, three times as long or as
+short, is tried as well, at most twice. The best point is trained again with seeds 1, 2 and 3 and judged on the
+even-numbered ones.
 Trials are kept in runs/ as they finish, so an interrupted run resumes from them; trials.csv here is their last copy.
 The choice of the best point looks at labeled data that are not private here; on private data it would have to be paid.
 """
@@ -32,6 +34,8 @@ from fedpriv.rounds import begin_round, finish_round, signal_to_noise
 HERE = Path(__file__).parent
 SEEDS = (1, 2, 3)
 MOMENTUM = 0.9
+# Steps beyond an end of a grid: how many at most, and the factor between them.
+EXTENSIONS, FACTOR = 2, 3.0
 # Server momentum is tried beside every method in these settings, and beside DP-FedAvg in all.
 WITH_MOMENTUM = ("non-private", "central, epsilon 8", "central, epsilon 2")
 ADAM_STEPS = (0.001, 0.003, 0.01)
@@ -107,7 +111,7 @@ def grid_of(problem: str, setting: str) -> dict[str, list[dict[str, Any]]]:
     if local:
         methods["alpha-NormEC, sent"] = _feedback(steps, pairs, server_normalization=False, memory="sent")
     public = [{"name": "centered-clip", "beta": PUBLIC_BETA, **p} for p in clipped]
-    if setting in WITH_MOMENTUM and problem == "softmax":
+    if setting in WITH_MOMENTUM:
         methods |= {f"{name}, momentum": _with_momentum(points) for name, points in methods.items()}
         methods |= {"public memory": public, "public memory, momentum": _with_momentum(public)}
         adaptive = _points(ADAM_STEPS, clip_norm=clips)
@@ -218,12 +222,49 @@ def trial_rows(cells: list[tuple[str, str]]) -> list[dict[str, Any]]:
     ]
 
 
+def steps_beyond(rows: list[dict[str, Any]], trials: Trials) -> list[dict[str, Any]]:
+    """Return a row with the next step for each method whose best step is at an end of those tried with it."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["problem"], row["setting"], row["method"]), []).append(row)
+    return [
+        {**group[0], "point": json.dumps(point, sort_keys=True)}
+        for group in groups.values()
+        if (point := _point_beyond(group, trials)) is not None
+    ]
+
+
+def _point_beyond(group: list[dict[str, Any]], trials: Trials) -> dict[str, Any] | None:
+    best = json.loads(max(group, key=lambda row: (trials.get(row) or {})["validation_accuracy"])["point"])
+    others = [json.loads(row["point"]) for row in group]
+    steps = [point["server_lr"] for point in others if {**point, "server_lr": 0.0} == {**best, "server_lr": 0.0}]
+    step = best["server_lr"]
+    if step == max(steps):
+        return {**best, "server_lr": float(f"{step * FACTOR:.6g}")}
+    return {**best, "server_lr": float(f"{step / FACTOR:.6g}")} if step == min(steps) else None
+
+
 def winners(rows: list[dict[str, Any]], trials: Trials) -> list[dict[str, Any]]:
     """Return the best point of each problem, setting and method, by validation accuracy, for each reported seed."""
     frame = pd.DataFrame([trials.get(row) for row in rows])
     best = frame.loc[frame.groupby(["problem", "setting", "method"], sort=False)["validation_accuracy"].idxmax()]
     keys = ["problem", "setting", "method", "point"]
     return [{**row, "seed": seed} for row in best[keys].to_dict("records") for seed in SEEDS]
+
+
+def run_cell(
+    cell: tuple[str, str], trials: Trials, pool: ProcessPoolExecutor, data_root: Path | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Run what a cell lacks; return the rows of its tuning and of its reported seeds."""
+    rows = trial_rows([cell])
+    run_all(rows, trials, pool, data_root)
+    for _ in range(EXTENSIONS):
+        further = steps_beyond(rows, trials)
+        run_all(further, trials, pool, data_root)
+        rows += further
+    finals = winners(rows, trials)
+    run_all(finals, trials, pool, data_root)
+    return rows, finals
 
 
 def summarise(rows: list[dict[str, Any]], trials: Trials) -> pd.DataFrame:
@@ -321,21 +362,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-root", type=Path, default=None)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--only", help="softmax or cnn")
+    parser.add_argument(
+        "--only", default="", help='only run the trials of some columns, as in "cnn" or "cnn, central, epsilon 8"'
+    )
     parser.add_argument("--draw", action="store_true", help="only draw figure.png again, from table.csv")
     arguments = parser.parse_args()
     if arguments.draw:
         draw(pd.read_csv(HERE / "table.csv"), HERE / "figure.png")
         return
-    cells = [cell for cell in CELLS if arguments.only in (None, cell[0])]
     kept = HERE.parents[1] / "runs" / "mnist-by-writer-trials.csv"
     kept.parent.mkdir(exist_ok=True)
     trials = Trials(kept)
+    cells = [cell for cell in CELLS if ", ".join(cell).startswith(arguments.only)]
+    rows, finals = [], []
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        rows = trial_rows(cells)
-        run_all(rows, trials, pool, arguments.data_root)
-        finals = winners(rows, trials)
-        run_all(finals, trials, pool, arguments.data_root)
+        for cell in cells:
+            found = run_cell(cell, trials, pool, arguments.data_root)
+            rows += found[0]
+            finals += found[1]
+    if arguments.only:
+        return
     pd.DataFrame([trials.get(row) for row in (*rows, *finals)]).to_csv(
         HERE / "trials.csv", index=False, float_format="%.5g"
     )

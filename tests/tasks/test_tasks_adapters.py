@@ -425,7 +425,7 @@ def test_single_examples_are_protected_with_adapters(tmp_path: Path, kind: str) 
 
 @needs_peft
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora", "fed-svd"])
+@pytest.mark.parametrize("kind", ["lora", "ffa-lora", "fed-svd"])
 def test_ray_and_flower_train_the_same_adapters_as_the_loop(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("ray")
     pytest.importorskip("flwr")
