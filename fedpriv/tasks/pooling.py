@@ -112,11 +112,10 @@ class MaxPool(nn.MaxPool2d):
     def __init__(self) -> None:
         super().__init__(2)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the maxima `[..., height // 2, width // 2]` of the windows of `[..., height, width]`."""
-        (images,) = inputs
-        in_c = pooling_in_c() if _suits(images) else None
-        return cast(Tensor, super().forward(images) if in_c is None else _Pooled.apply(images, in_c))
+        in_c = pooling_in_c() if _suits(inputs) else None
+        return cast(Tensor, super().forward(inputs) if in_c is None else _Pooled.apply(inputs, in_c))
 
 
 def _suits(inputs: Tensor) -> bool:
