@@ -1,4 +1,4 @@
-"""A pretended second device: tensors that report `cuda:0`, and whose numbers are on the CPU.
+"""A pretended second device: tensors that report `cuda:0` and hold their numbers on the CPU.
 
 With it, code for GPUs runs on a machine without one, and mistakes with devices are errors as on a GPU: operands on two
 devices (but for scalars and indices on the CPU), `numpy()` of a tensor on the device, a generator of the wrong device.
@@ -23,7 +23,7 @@ _aten = torch.ops.aten
 _CPU = torch.device("cpu")
 # Operations that move numbers between devices.
 _COPIES = {_aten._to_copy.default, _aten.copy_.default, _aten._copy_from.default}
-# Operations whose indices may be on the CPU.
+# Operations that also take indices on the CPU.
 _INDEXING = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default, _aten._index_put_impl_.default}
 
 

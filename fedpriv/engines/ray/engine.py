@@ -243,12 +243,12 @@ class RayEngine:
         about = broadcast.round, broadcast.turn, model, broadcast.capacity
         calls = {worker: self._hosts[worker].run.remote(*about, share, beside) for worker, share in shares.items()}
         found: dict[int, Partial] = self._collect(calls)
-        for partial in found.values():
-            sum_ += partial.sum
-        messages = sum(partial.messages for partial in found.values())
-        non_finite = sum(partial.non_finite for partial in found.values())
+        for part in found.values():
+            sum_ += part.sum
+        messages = sum(part.messages for part in found.values())
+        non_finite = sum(part.non_finite for part in found.values())
         finite = messages - non_finite
-        mean = sum(partial.signal_norms for partial in found.values()) / finite if finite else float("nan")
+        mean = sum(part.signal_norms for part in found.values()) / finite if finite else float("nan")
         return Total(torch.from_numpy(sum_), messages, non_finite, mean), {w: p.seconds for w, p in found.items()}
 
     def _collect(self, calls: dict[int, ray.ObjectRef]) -> dict[int, Any]:
