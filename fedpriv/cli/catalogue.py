@@ -50,7 +50,12 @@ def catalogue() -> dict[str, Entries]:
         for entry in entry_points(group=group):
             package = "" if entry.dist is None else f" of {entry.dist.name} {entry.dist.version}"
             kinds[kind].setdefault(entry.name, {"about": f"{entry.value}{package}", "keys": {}})
-    files = {"client step": PACKAGE / "engines" / "feedback.c", "noise": PACKAGE / "mechanisms" / "gaussian.c"}
+    files = {
+        "client step": PACKAGE / "engines" / "feedback.c",
+        "noise": PACKAGE / "mechanisms" / "gaussian.c",
+        "softmax": PACKAGE / "tasks" / "softmax.c",
+        "pooling": PACKAGE / "tasks" / "pooling.c",
+    }
     found = {name: native_library(file, lambda _: None) is not None for name, file in files.items()}
     return {**kinds, "in C": {name: {"about": about_compiled(there), "keys": {}} for name, there in found.items()}}
 

@@ -112,6 +112,11 @@ double add_bounded(const struct round_parameters *round, const float *restrict s
     return own;
 }
 
+/* The damping of a memory since the round of its last change, which is null if it is not counted. */
+static float kept_in(const struct round_parameters *round, const float *updated) {
+    return round->forget < 1.0f && updated ? powf(round->forget, round->number - 1.0f - *updated) : 1.0f;
+}
+
 /* message = scale * (signal - kept * memory); memory <- forget * kept * memory + beta * message; sum += message, rounded
  * to the grid. `kept` is the damping since the round `updated`; both it and `forget` are 1 without damping. `next` is
  * the next client's memory, to be fetched, or this client's. Returns as add_bounded does. */
@@ -121,8 +126,7 @@ double feed_back(const struct round_parameters *round, const float *restrict sig
     double *restrict sum = round->sum;
     const size_t size = round->size;
     const double shift = round->shift;
-    const float forget = round->forget, beta = round->beta;
-    const float kept = forget < 1.0f && updated ? powf(forget, round->number - 1.0f - *updated) : 1.0f;
+    const float forget = round->forget, beta = round->beta, kept = kept_in(round, updated);
     norms_of(signal, memory, size, kept, &own, &residual);
     const float scale = scale_for(residual, round->map);
     if (scale == 0.0f)
@@ -160,5 +164,53 @@ void feed_back_rows(const struct round_parameters *round, const float *signals, 
     for (size_t k = 0; k < count; k++) {
         const float *next = memories[k + 1 < count ? k + 1 : k];
         norms[k] = feed_back(round, signals + k * round->size, memories[k], updated ? updated[k] : NULL, next);
+    }
+}
+
+/* For messages that get noise before they are sent: rows of signals become bounded messages, as in the functions above.
+ * `memories` is null for none. A row without a normal norm is left as it is; its norm is -1. */
+void bound_rows(const struct round_parameters *round, float *signals, size_t count, float *const *memories,
+                float *const *updated, double *norms) {
+    const size_t size = round->size;
+    for (size_t k = 0; k < count; k++) {
+        float *restrict signal = signals + k * size;
+        const float *restrict memory = memories ? memories[k] : NULL;
+        const float kept = kept_in(round, memory && updated ? updated[k] : NULL);
+        double own, residual;
+        if (memory)
+            norms_of(signal, memory, size, kept, &own, &residual);
+        else
+            own = residual = norm_of(signal, size);
+        const float scale = scale_for(residual, round->map);
+        norms[k] = scale == 0.0f ? -1.0 : own;
+        if (scale != 0.0f && memory)
+            for (size_t i = 0; i < size; i++)
+                signal[i] = scale * (signal[i] - kept * memory[i]);
+        else if (scale != 0.0f)
+            for (size_t i = 0; i < size; i++)
+                signal[i] = scale * signal[i];
+    }
+}
+
+/* Adds the rows of `sent` to the sum, and those of `remembered` to the memories, unless `memories` is null. */
+void add_sent_rows(const struct round_parameters *round, const float *sent, const float *remembered, size_t count,
+                   float *const *memories, float *const *updated) {
+    double *restrict sum = round->sum;
+    const size_t size = round->size;
+    const double shift = round->shift;
+    const float forget = round->forget, beta = round->beta;
+    for (size_t k = 0; k < count; k++) {
+        const float *restrict message = sent + k * size;
+        for (size_t i = 0; i < size; i++)
+            sum[i] += ((double)message[i] + shift) - shift;
+        if (!memories)
+            continue;
+        float *restrict memory = memories[k];
+        const float *restrict own = remembered + k * size;
+        const float kept = kept_in(round, updated ? updated[k] : NULL);
+        for (size_t i = 0; i < size; i++)
+            memory[i] = MULTIPLY_ADD(beta, own[i], forget * (kept * memory[i]));
+        if (updated)
+            *updated[k] = round->number;
     }
 }

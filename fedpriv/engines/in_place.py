@@ -29,7 +29,7 @@ class ClientStep:
         rules: The clients' half of the agreement.
         broadcast: The round.
         device: The device of signals and states.
-        native: Allow C for a single client: equal except for the rounding of a norm in float64.
+        native: Allow C: equal except for the rounding of a norm in float64.
     """
 
     rules: ClientRules
@@ -41,6 +41,7 @@ class ClientStep:
     _in_c: FeedbackInC | None = field(init=False)
     _without_memory: bool = field(init=False)
     _center: Tensor | None = field(init=False)
+    _noisy: bool = field(init=False)
     _norms: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -51,8 +52,8 @@ class ClientStep:
         self._feedback = None if form is None or form.weight is not None else form
         self._without_memory = self._feedback is not None and self._feedback.beta is None
         self._in_c, self._center = None, None
-        plain = self.rules.noise_stddev == 0.0 and self.rules.sums is None
-        if self.native and plain and self.device.type == "cpu" and self._feedback is not None:
+        self._noisy = self.rules.noise_stddev > 0.0
+        if self.native and self.rules.sums is None and self.device.type == "cpu" and self._feedback is not None:
             library = feedback_in_c()
             if library is not None and self._memories_suit_c():
                 center = self._feedback.center
@@ -92,7 +93,7 @@ class ClientStep:
             states: The store of its state.
             following: The next client, if any; its memory is prefetched.
         """
-        if self._in_c is not None and signal.dtype == torch.float32 and signal.is_contiguous():
+        if self._in_c is not None and not self._noisy and signal.dtype == torch.float32 and signal.is_contiguous():
             norm = self._take_in_c(self._in_c, client, signal.data_ptr(), states, following)
             if norm >= 0.0:
                 self._norms.append(norm)
@@ -102,8 +103,8 @@ class ClientStep:
 
     @property
     def in_c(self) -> bool:
-        """True if C takes the clients' steps, except in rare cases."""
-        return self._in_c is not None
+        """True if C takes the steps of single clients, except in rare cases."""
+        return self._in_c is not None and not self._noisy
 
     def take_many(self, clients: Sequence[int], signals: Tensor, states: StateStore) -> None:
         """Do the same as `take_alone` for several clients; in one call of C if no state has to move for it.
@@ -113,23 +114,64 @@ class ClientStep:
             signals: `[clients, params]`; overwritten.
             states: The store of their states.
         """
-        suits = signals.dtype == torch.float32 and signals.is_contiguous() and self._center is None
-        if self._in_c is None or not suits or (states.capacity is not None and not self._without_memory):
+        if self._in_c is None or not self._rows_suit_c(signals, states):
             for client, signal, following in zip(clients, signals, [*clients[1:], None], strict=True):
                 self.take_alone(client, signal, states, following)
             return
-        if self._without_memory:
-            for client in clients:
-                states.count(client)
+        memories, updated = self._places(clients, states)
+        if self._noisy:
+            norms = self._send_in_c(self._in_c, clients, signals, memories, updated)
+        elif self._without_memory:
             norms = self._in_c.add_bounded_rows(signals.data_ptr(), len(clients))
         else:
-            memories, *updated = zip(*(states.addresses(client) for client in clients), strict=True)
-            norms = self._in_c.feed_back_rows(signals.data_ptr(), memories, updated[0] if updated else ())
+            norms = self._in_c.feed_back_rows(signals.data_ptr(), memories, updated)
         self._norms += [norm for norm in norms if norm >= 0.0]
         for client, signal, norm in zip(clients, signals, norms, strict=True) if min(norms, default=0.0) < 0.0 else ():
             if norm < 0.0:
                 with states.borrowed((client,)) as state:
                     self.take((client,), signal.unsqueeze(0), state)
+
+    def take_rows(self, clients: Sequence[int], signals: Tensor, states: StateStore) -> None:
+        """Do the same as `take_many`, with torch for all clients at once if C does not take several."""
+        if self._in_c is not None and self._rows_suit_c(signals, states):
+            self.take_many(clients, signals, states)
+            return
+        with states.borrowed(clients) as state:
+            self.take(clients, signals, state)
+
+    def _rows_suit_c(self, signals: Tensor, states: StateStore) -> bool:
+        stays = self._without_memory or states.capacity is None
+        return stays and self._center is None and signals.dtype == torch.float32 and signals.is_contiguous()
+
+    def _places(self, clients: Sequence[int], states: StateStore) -> tuple[Sequence[int], Sequence[int]]:
+        """Return the addresses of the clients' memories, and of the rounds of their last changes; empty for none."""
+        if self._without_memory:
+            for client in clients:
+                states.count(client)
+            return (), ()
+        memories, *updated = zip(*(states.addresses(client) for client in clients), strict=True)
+        return memories, updated[0] if updated else ()
+
+    def _send_in_c(
+        self,
+        in_c: FeedbackInC,
+        clients: Sequence[int],
+        signals: Tensor,
+        memories: Sequence[int],
+        updated: Sequence[int],
+    ) -> list[float]:
+        """Do the steps of clients that add noise, and return their signals' norms; -1 as in `FeedbackInC`."""
+        norms = in_c.bound_rows(signals.data_ptr(), len(clients), memories, updated)
+        taken = [k for k, norm in enumerate(norms) if norm >= 0.0]
+        if len(taken) < len(norms):
+            clients, signals = [clients[k] for k in taken], signals[taken]
+            memories, updated = ([places[k] for k in taken if places] for places in (memories, updated))
+        release = self.rules.release_rows(self.broadcast.address, clients)
+        if release is not None and self._feedback is not None and clients:
+            sent = release(signals).contiguous()
+            remembered = sent if self._feedback.sent else signals
+            in_c.add_sent_rows(sent.data_ptr(), remembered.data_ptr(), len(clients), memories, updated)
+        return norms
 
     def take_with_state(self, client: int, signal: Callable[[ClientState], Tensor], states: StateStore) -> None:
         """Do the same for one client if its signal depends on its state.

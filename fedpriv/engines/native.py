@@ -62,6 +62,7 @@ class FeedbackInC:
         self._round = ctypes.addressof(self._parameters)
         self._feed_back, self._add_bounded = library.feed_back, library.add_bounded
         self._feed_back_rows, self._add_bounded_rows = library.feed_back_rows, library.add_bounded_rows
+        self._bound_rows, self._add_sent_rows = library.bound_rows, library.add_sent_rows
 
     def feed_back(self, signal: int, memory: int, updated: int, following: int) -> float:
         """Add the message B(signal - kept memory) to the sum and update `memory` in place.
@@ -96,10 +97,35 @@ class FeedbackInC:
             updated: See `feed_back`; empty for none.
         """
         count = len(memories)
-        norms, places = (ctypes.c_double * count)(), ctypes.c_void_p * count
-        times = places(*updated) if updated else None
-        self._feed_back_rows(self._round, signals, count, places(*memories), times, norms)
+        norms = (ctypes.c_double * count)()
+        self._feed_back_rows(self._round, signals, count, _places(memories), _places(updated), norms)
         return list(norms)
+
+    def bound_rows(self, signals: int, count: int, memories: Sequence[int], updated: Sequence[int]) -> list[float]:
+        """Turn signals into the messages B(signal - kept memory) in place, and return the signals' norms.
+
+        Args:
+            signals: Address of a contiguous matrix of `count` rows.
+            count: Its rows.
+            memories: See `feed_back_rows`; empty for none.
+            updated: See `feed_back_rows`.
+
+        Returns:
+            The norms; -1 for a row that is left as it is, as in `feed_back`.
+        """
+        norms = (ctypes.c_double * count)()
+        self._bound_rows(self._round, signals, count, _places(memories), _places(updated), norms)
+        return list(norms)
+
+    def add_sent_rows(
+        self, sent: int, remembered: int, count: int, memories: Sequence[int], updated: Sequence[int]
+    ) -> None:
+        """Add the rows of `sent` to the sum, and update memories by the rows of `remembered`; see `bound_rows`."""
+        self._add_sent_rows(self._round, sent, remembered, count, _places(memories), _places(updated))
+
+
+def _places(addresses: Sequence[int]) -> "ctypes.Array[ctypes.c_void_p] | None":
+    return (ctypes.c_void_p * len(addresses))(*addresses) if addresses else None
 
 
 def _declare(library: ctypes.CDLL) -> None:
@@ -108,7 +134,10 @@ def _declare(library: ctypes.CDLL) -> None:
     library.add_bounded.argtypes = [address, address]
     library.add_bounded_rows.argtypes = [address, address, ctypes.c_size_t, address]
     library.feed_back_rows.argtypes = [address, address, ctypes.c_size_t, address, address, address]
+    library.bound_rows.argtypes = [address, address, ctypes.c_size_t, address, address, address]
+    library.add_sent_rows.argtypes = [address, address, address, ctypes.c_size_t, address, address]
     library.feed_back_rows.restype = library.add_bounded_rows.restype = None
+    library.bound_rows.restype = library.add_sent_rows.restype = None
     library.feed_back.restype = library.add_bounded.restype = ctypes.c_double
 
 

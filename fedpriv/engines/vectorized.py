@@ -79,14 +79,12 @@ class VectorizedEngine:
 
     def _batch(self, step: ClientStep, model: Tensor, clients: list[int], broadcast: Broadcast) -> None:
         signals = self._signals(model, clients, broadcast.round, self._offsets(clients, broadcast))
-        rows = self._rows_at_once(len(clients))
-        if rows == 1 or step.in_c:
+        if step.in_c:
             step.take_many(clients, signals, self._states)
             return
+        rows = self._rows_at_once(len(clients))
         for start in range(0, len(clients), rows):
-            few = clients[start : start + rows]
-            with self._states.borrowed(few) as state:
-                step.take(few, signals[start : start + rows], state)
+            step.take_rows(clients[start : start + rows], signals[start : start + rows], self._states)
 
     def _one_by_one(self, step: ClientStep, model: Tensor, clients: list[int], broadcast: Broadcast) -> None:
         if self._population.needs_states:

@@ -2,7 +2,8 @@
 
 A general batched gradient (`torch.func.vmap`) pays for every small operation of every layer. For dense layers with
 ReLU between them, forward and backward are a few products. If clients share a model, one product serves all examples;
-gradients take one batched product, with one batch per client.
+gradients take one batched product, with one batch per client. A single layer is softmax regression, for which there
+is a C form.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpriv.bounding import InPlace, scales_of
+from fedpriv.tasks.native import softmax_in_c
 from fedpriv.vectors import norm
 
 __all__ = ["MAX_EXAMPLES", "DenseLayers", "slopes_of_losses"]
@@ -60,8 +62,13 @@ class DenseLayers:
             weights: `[clients, examples]`; zero for padding.
         """
         clients, examples = labels.shape[:2]
+        inputs = inputs.reshape(clients, examples, self.shapes[0][1])
+        if len(self.shapes) == 1 and self.losses is None and (in_c := softmax_in_c()) is not None:
+            found = in_c.gradients(models, inputs, labels, weights)
+            if found is not None:
+                return found
         layers = list(self._layers(models))
-        outputs, logits = self.forward(layers, inputs.reshape(clients, examples, self.shapes[0][1]))
+        outputs, logits = self.forward(layers, inputs)
         slope = self.slope(logits, labels, weights)
         found = inputs.new_empty((clients, self.size))
         for (weight_part, bias_part), (weight, _), below in zip(

@@ -17,6 +17,7 @@ from fedpriv.checks import positive_int
 from fedpriv.errors import UserError
 from fedpriv.plugins import Registry
 from fedpriv.tasks.equivariant import ORIENTATIONS, GroupConv, LiftingConv, OrientedNorm, pooled
+from fedpriv.tasks.pooling import MaxPool
 
 __all__ = ["MODELS", "C4Cnn", "Cnn", "Mlp", "ModelSource", "ResNet20", "Softmax"]
 
@@ -228,10 +229,10 @@ def _dense_layers(inputs: int, hidden: tuple[int, ...], classes: int) -> nn.Modu
 def _lenet(channels: int, pixels: int, width: int, classes: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(channels, width, 5, padding=2),
-        nn.MaxPool2d(2),  # before ReLU: the same numbers and gradients, from a quarter of the elements
+        MaxPool(),  # before ReLU: the same numbers and gradients, from a quarter of the elements
         nn.ReLU(),
         nn.Conv2d(width, 2 * width, 5, padding=2),
-        nn.MaxPool2d(2),
+        MaxPool(),
         nn.ReLU(),
         nn.Flatten(),
         nn.Linear(2 * width * pixels, 7 * width),

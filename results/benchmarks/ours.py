@@ -128,7 +128,7 @@ def make_ours(job: Job, engine: str, options: dict[str, Any]) -> Ours:
     workload = job.workload
     return build(
         kind=Task if workload.computes else ConstantTask,
-        module=workload.module(),
+        module=workload.module(ours=True),
         federation=federation_of(workload, job.seed),
         method=DPFedAvg(clip_norm=CLIP_NORM, server_lr=SERVER_LR),
         cohort=workload.cohort,

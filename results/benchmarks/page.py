@@ -1,6 +1,6 @@
 """Writes tables into the README, between the marks `<!-- NAME -->` and `<!-- /NAME -->`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 PAGE = Path(__file__).parent / "README.md"
@@ -19,7 +19,13 @@ def fill(name: str, text: str, page: Path = PAGE) -> None:
     page.write_text(f"{before}{mark}\n{text.strip()}\n\n{end}{after}", encoding="utf-8")
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def rows(name: str, page: Path = PAGE) -> list[list[str]]:
+    """Return the cells of the rows of the table between the marks of `name`, without its head."""
+    text = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")[2].partition(f"<!-- /{name} -->")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()[2:]]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Return a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"

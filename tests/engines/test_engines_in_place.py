@@ -166,6 +166,50 @@ def test_the_step_in_c_is_the_step_in_torch(name: str, kind: str, memory: int | 
 
 
 @native
+@pytest.mark.parametrize(("memory", "size"), [(None, 300), (3 * 5000, 1030)])
+@pytest.mark.parametrize("kind", ["ordinary", "awkward"])
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.sampled
+def test_rows_with_noise_in_c_are_those_of_torch(name: str, kind: str, memory: int | None, size: int) -> None:
+    """Compare messages, memories and counts of rounds with gaps, to the bit, with clients alone in torch."""
+    method, clients = EXAMPLES[name], 6
+    rules = ClientRules(method=method, noise_stddev=0.3, streams=SeededStreams(4))
+    rng = np.random.default_rng(8)
+    stores = [StateStore(method, size, memory=memory) for _ in range(2)]
+    for number in (1, 2, 4, 7):
+        signals = signals_of(kind, rng, clients, size)
+        shared = torch.linspace(-0.1, 0.1, size) if method.needs_shared else None
+        broadcast = Broadcast(number, torch.zeros(size), np.arange(clients), shared=shared)
+        steps = [ClientStep(rules, broadcast, torch.device("cpu"), native=native) for native in (True, False)]
+        rows = min(stores[0].capacity or 3, 3)
+        for start in range(0, clients, rows):
+            few = range(start, min(start + rows, clients))
+            steps[0].take_rows(few, signals[few.start : few.stop].clone(), stores[0])
+        for client in range(clients):
+            steps[1].take_alone(client, signals[client].clone(), stores[1])
+        in_c, other = (step.total() for step in steps)
+        assert (in_c.messages, in_c.non_finite) == (other.messages, other.non_finite)
+        assert in_c.signal_norm == pytest.approx(other.signal_norm, rel=1e-5)
+        assert same(in_c.sum, other.sum)
+        mine, theirs = (store.save() for store in stores)
+        assert mine.keys() == theirs.keys()
+        assert all(same(mine[field], theirs[field]) for field in mine)
+
+
+@native
+@pytest.mark.parametrize("name", ["dp-fedavg", "alpha-normec", "alpha-normec sent, damped and normalized"])
+def test_c_is_used_for_rows_with_noise(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise AssertionError("torch took the step")
+
+    monkeypatch.setattr(ClientStep, "take", refused)
+    rules = ClientRules(method=EXAMPLES[name], noise_stddev=0.3, streams=SeededStreams(4))
+    step = ClientStep(rules, Broadcast(1, torch.zeros(SIZE), np.arange(2)), torch.device("cpu"), native=True)
+    step.take_rows((0, 1), torch.ones(2, SIZE), StateStore(EXAMPLES[name], SIZE))
+    assert step.total().messages == 2
+
+
+@native
 def test_c_is_used_for_clients_alone_without_noise_and_only_then(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     monkeypatch.setattr(ClientStep, "_take_in_c", lambda *given: used.append(len(given)) or -1.0)

@@ -1,0 +1,127 @@
+"""Maximum pooling of 2 x 2 windows in C for single clients on a CPU, with the numbers of torch to the bit.
+
+torch's pooling of images with channels outermost reads one number at a time, which is a quarter of a small network's
+gradient.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fedpriv.native import native_library
+
+__all__ = ["MaxPool", "PoolingInC", "pooling_in_c"]
+
+_SOURCE = Path(__file__).with_name("pooling.c")
+
+
+class PoolingInC:
+    """The functions of `pooling.c`.
+
+    Args:
+        library: The compiled file.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._pool, self._spread = library.pool, library.spread
+
+    def pool(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the maxima `[..., height // 2, width // 2]` and their places in the windows, int32.
+
+        Args:
+            inputs: float32 `[..., height, width]`, contiguous.
+        """
+        *lead, height, width = inputs.shape
+        values = inputs.new_empty((*lead, height // 2, width // 2))
+        places = torch.empty(values.shape, dtype=torch.int32)
+        planes = inputs[..., 0, 0].numel()
+        self._pool(inputs.data_ptr(), planes, height, width, values.data_ptr(), places.data_ptr())
+        return values, places
+
+    def spread(self, slopes: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+        """Return the derivative by the inputs of this shape from the one by the maxima."""
+        found, slopes = slopes.new_empty(shape), slopes.contiguous()
+        height, width = shape[-2:]
+        planes = found[..., 0, 0].numel()
+        self._spread(slopes.data_ptr(), places.data_ptr(), planes, height, width, found.data_ptr())
+        return found
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    address, size = ctypes.c_void_p, ctypes.c_size_t
+    library.pool.argtypes = [address, size, size, size, address, address]
+    library.spread.argtypes = [address, address, size, size, size, address]
+    library.pool.restype = library.spread.restype = None
+
+
+@cache
+def pooling_in_c() -> PoolingInC | None:
+    """Return the C form; None if there is no compiler, or if it and torch disagree on this machine."""
+    library = native_library(_SOURCE, _declare)
+    if library is None or not hasattr(torch._C, "_are_functorch_transforms_active"):
+        return None
+    in_c = PoolingInC(library)
+    return in_c if agrees(in_c) else None
+
+
+def agrees(in_c: PoolingInC) -> bool:
+    """Return True if C and torch give the same bits, also for equal numbers, infinities and NaN."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((2, 3, 38, 70), (1, 2, 7, 5)):
+        inputs = torch.randint(-4, 4, shape, generator=generator) / 2.0
+        inputs[torch.rand(shape, generator=generator) < 0.1] = torch.nan
+        inputs[torch.rand(shape, generator=generator) < 0.1] = -torch.inf
+        leaf = inputs.clone().requires_grad_()
+        expected = nn.functional.max_pool2d(leaf, 2)
+        slopes = torch.randn(expected.shape, generator=generator).mul_(torch.rand(expected.shape) < 0.9)
+        values, places = in_c.pool(inputs)
+        found, wanted = in_c.spread(slopes, places, inputs.shape), torch.autograd.grad(expected, leaf, slopes)[0]
+        if not all(map(_same, (values, found), (expected.detach(), wanted))):
+            return False
+    return True
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    both_nan = one.isnan() & other.isnan()
+    return bool((both_nan | (one.view(torch.int32) == other.view(torch.int32))).all())
+
+
+class _Pooled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, in_c: PoolingInC) -> Tensor:
+        values, places = in_c.pool(inputs)
+        ctx.shape, ctx.in_c = inputs.shape, in_c
+        ctx.save_for_backward(places)
+        return values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, None]:
+        return ctx.in_c.spread(*grad_outputs, *ctx.saved_tensors, ctx.shape), None
+
+
+class MaxPool(nn.MaxPool2d):
+    """`torch.nn.MaxPool2d(2)`, in C where that gives the same bits faster; torch does transforms, exports and GPUs."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+
+    def forward(self, inputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the maxima `[..., height // 2, width // 2]` of the windows of `[..., height, width]`."""
+        in_c = pooling_in_c() if _suits(inputs) else None
+        return cast(Tensor, super().forward(inputs) if in_c is None else _Pooled.apply(inputs, in_c))
+
+
+def _suits(inputs: Tensor) -> bool:
+    plain = type(inputs) is Tensor and inputs.device.type == "cpu" and inputs.dtype == torch.float32
+    if not plain or not inputs.is_contiguous() or min(inputs.shape[-2:]) < 2:
+        return False
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    return not torch._C._are_functorch_transforms_active()

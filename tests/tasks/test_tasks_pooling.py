@@ -1,0 +1,121 @@
+"""Maximum pooling in C: torch's bits for every input, and torch for transforms, exports and other formats."""
+
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedpriv.native import native_library
+from fedpriv.tasks import pooling
+from fedpriv.tasks.models import Cnn
+from fedpriv.tasks.pooling import MaxPool, PoolingInC, agrees, pooling_in_c
+from fedpriv.tasks.task import Task
+
+in_c = pytest.mark.skipif(pooling_in_c() is None, reason="no C compiler")
+SHAPES = (
+    (2, 3, 32, 32),
+    (1, 1, 2, 2),
+    (3, 2, 7, 9),
+    (2, 5, 18, 34),
+    (1, 2, 3, 2),
+    (4, 6),
+    (0, 3, 8, 8),
+    (2, 3, 37, 50),
+)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Return the bits of numbers, one pattern for every NaN."""
+    return torch.where(tensor.isnan(), torch.tensor(-1, dtype=torch.int32), tensor.contiguous().view(torch.int32))
+
+
+def derivative(pool: nn.Module, inputs: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = inputs.clone().requires_grad_()
+    values = pool(leaf)
+    return values.detach(), torch.autograd.grad(values, leaf, slopes)[0]
+
+
+@in_c
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["ordinary", "equal numbers", "not finite"])
+def test_values_and_derivatives_are_those_of_torch_to_the_bit(shape: tuple[int, ...], kind: str) -> None:
+    generator = torch.Generator().manual_seed(len(shape))
+    inputs = torch.randn(shape, generator=generator)
+    if kind == "equal numbers":
+        inputs = torch.randint(-1, 2, shape, generator=generator) * torch.tensor(-0.5)  # with zeros of both signs
+    if kind == "not finite":
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            inputs[torch.rand(shape, generator=generator) < 0.2] = bad
+    images = inputs if len(shape) == 4 else inputs[None]
+    form = pooling_in_c()
+    assert form is not None
+    height, width = shape[-2] // 2, shape[-1] // 2
+    slopes = torch.randn((*images.shape[:-2], height, width), generator=generator)
+    slopes[torch.rand(slopes.shape, generator=generator) < 0.3] = -0.0
+    for mine, theirs in zip(
+        derivative(MaxPool(), images, slopes), derivative(nn.MaxPool2d(2), images, slopes), strict=True
+    ):
+        assert torch.equal(bits(mine), bits(theirs))
+
+
+@in_c
+def test_c_takes_gradients_of_single_clients_and_torch_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    used, pool = [], PoolingInC.pool
+    monkeypatch.setattr(PoolingInC, "pool", lambda self, inputs: used.append(inputs.shape) or pool(self, inputs))
+    layer, images = MaxPool(), torch.randn(2, 3, 8, 8)
+    layer(images)
+    assert len(used) == 1
+    for other in (images.double(), images.to(memory_format=torch.channels_last), images.to(torch.bfloat16)):
+        assert torch.equal(layer(other), nn.functional.max_pool2d(other, 2))
+    torch.func.vmap(layer)(images[None])
+    torch.func.grad(lambda x: layer(x).sum())(images)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        layer(images)
+    assert len(used) == 1
+
+
+@in_c
+def test_gradients_of_a_network_are_those_of_torchs_pooling_to_the_bit() -> None:
+    module = Cnn(width=2).build((3, 12, 14), 10, 0)
+    task, images = Task(module), torch.randn(5, 3, 12, 14)
+    model, labels = task.initial_model(), torch.arange(5)
+    mine = task.gradient(model, images, labels)
+    layers = list(module.children())
+    plain = nn.Sequential(*(nn.MaxPool2d(2) if isinstance(layer, MaxPool) else layer for layer in layers))
+    assert [type(layer) for layer in layers].count(MaxPool) == 2
+    assert torch.equal(mine, Task(plain).gradient(model, images, labels))
+
+
+def test_a_network_is_stored_and_read_again() -> None:
+    module, file = Cnn(width=1).build((1, 8, 8), 10, 0), io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(torch.load(file, weights_only=False)(images), module(images))
+
+
+@in_c
+def test_a_wrong_c_form_is_refused(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, source = pooling._SOURCE.read_text(encoding="utf-8"), tmp_path / "pooling.c"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for right, wrong in (("(b > a)", "(b >= a)"), ("(d != d)", "0"), (" + 0.0f", "")):
+        assert text.count(right) == 1
+        source.write_text(text.replace(right, wrong), encoding="utf-8")
+        library = native_library(source, pooling._declare)
+        assert library is not None
+        assert not agrees(PoolingInC(library))
+
+
+@pytest.mark.parametrize(("variable", "value"), [("FEDPRIV_NATIVE", "0"), ("CC", "/none")])
+def test_without_a_compiler_torch_pools(variable: str, value: str, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(variable, value)
+    pooling_in_c.cache_clear()
+    images = torch.randn(2, 3, 8, 8)
+    try:
+        assert pooling_in_c() is None
+        assert torch.equal(MaxPool()(images), nn.functional.max_pool2d(images, 2))
+    finally:
+        pooling_in_c.cache_clear()
