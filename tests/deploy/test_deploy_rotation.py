@@ -105,6 +105,25 @@ def test_the_old_key_is_kept_until_the_server_has_answered_the_new_one(
     assert not rotation.exists()
 
 
+def test_a_node_that_released_after_its_handover_writes_it_anew_once_it_is_stopped(deployment: Path) -> None:
+    """The server knows newer releases than a handover that was made while the node took part in rounds."""
+    register_nodes(deployment)
+    node = released(deployment)
+    file = begin_rotation(node)
+    ask(device_of(node), *turn(3, 2))
+    head = device_of(node).head()
+    assert head is not None
+    HeadBook(deployment / "server" / "flower" / HEADS_FILE).keep({0: head})
+    with pytest.raises(UserError, match=r"at least 3 releases, got an older .* run fedpriv deploy rotate finish"):
+        accept_handover(file, deployment)
+    assert "the newest ledger" in finish_rotation(node)
+    accept_handover(file, deployment)
+    assert Roster.read(deployment).keys["node-0"] + b"\n" == (node / "node.pub").read_bytes()
+    ask(device_of(node), *turn(4, 3))
+    main_code(["deploy", "rotate", "finish", str(node)], 2)  # not connected yet; the handover follows the ledger
+    assert Handover.read(file).ledger_head == device_of(node).head()
+
+
 @pytest.mark.parametrize("how", ["no ledger", "another ledger", "an older ledger", "another client"])
 def test_who_rotates_beside_another_ledger_gets_no_new_budget(deployment: Path, how: str, tmp_path: Path) -> None:
     """The attacker has the node's key, or the whole folder, and wants the client's history to begin again."""

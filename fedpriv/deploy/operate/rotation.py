@@ -5,6 +5,9 @@
     fedpriv deploy rotate finish NODE_DIR       the new key takes the place of the old one, which is kept
     fedpriv deploy rotate finish NODE_DIR       once the node has connected with it: the old key is deleted
 
+A node may release between the first two steps, and its handover is then refused as older than what the server knows.
+The third step, for which the node is stopped, writes it anew.
+
 A handover is signed with the old key. It names the new key, the client, and the signed head of the client's ledger.
 The budget belongs to the client, not to its key: policy, ledger and `ledger.key` stay, and the server keeps heads by
 client. A handover is accepted only if its ledger is the one that the server knows, at its newest head or beyond. An
@@ -137,14 +140,8 @@ def begin_rotation(folder: Path) -> Path:
     old = load_ssh_private_key((folder / "node.key").read_bytes(), None)
     if not isinstance(old, ec.EllipticCurvePrivateKey):
         raise RuntimeError("not an elliptic-curve key")  # key_pair has refused it
-    client, head = _ledger_of(folder)
     pair = make_node_key()
-    handover = Handover(
-        old=key_in((folder / "node.pub").read_bytes()).decode(),
-        new=key_in(pair.public).decode(),
-        client=client,
-        head="" if head is None else json.dumps(head.to_json()),
-    ).signed_by(old)
+    handover = _signed(folder, (folder / "node.pub").read_bytes(), old, pair.public)
     part = folder / f"{ROTATION}.part"
     shutil.rmtree(part, ignore_errors=True)
     make_private_folder(part)
@@ -153,6 +150,13 @@ def begin_rotation(folder: Path) -> Path:
     replace_durably(part / HANDOVER, json.dumps(asdict(handover), indent=1).encode())
     part.replace(place)
     return place / HANDOVER
+
+
+def _signed(folder: Path, old: bytes, key: ec.EllipticCurvePrivateKey, new: bytes) -> Handover:
+    """Return a handover from a node's old public key to a new one, with its ledger as it is now."""
+    client, head = _ledger_of(folder)
+    signed = "" if head is None else json.dumps(head.to_json())
+    return Handover(old=key_in(old).decode(), new=key_in(new).decode(), client=client, head=signed).signed_by(key)
 
 
 def accept_handover(path: Path, folder: Path) -> str:
@@ -197,7 +201,10 @@ def refuse_unproven(name: str, handover: Handover, known: dict[int, Head]) -> No
     before, head = known.get(handover.client), handover.ledger_head
     if before is None:
         return
-    remedy = "Rotate beside the client's newest ledger: a new key brings no new budget"
+    remedy = (
+        "If the node has released since, stop it, run fedpriv deploy rotate finish NODE_DIR, and accept the handover "
+        "that this writes anew; a new key brings no new budget"
+    )
     if head is None or head.key != before.key:
         got = "one without releases" if head is None else "one signed with a different ledger.key"
         raise UserError(name, f"the ledger with {before.lines} releases that the server knows", got, remedy)
@@ -233,11 +240,13 @@ def finish_rotation(folder: Path, *, force: bool = False) -> str:
         _use_new_key(folder, place)
     elif not force and not (folder / "flower" / ALIVE).is_file():
         remedy = f"Start the node once the server has accepted {place / HANDOVER}, or add --force to delete the old key"
+        _renew_handover(folder, place)
         raise UserError(str(folder), "an answer of the server to the new key", "a missing one", remedy)
     if not used and not force:
         return (
-            "the new key is in use, and the old one kept. Start the node; it connects once the server has run fedpriv "
-            "deploy rotate accept. Then run this command again: it deletes the old key"
+            "the new key is in use, the old one is kept, and the handover has the newest ledger. Start the node; it "
+            "connects once the server has run fedpriv deploy rotate accept. Then run this command again: it deletes "
+            "the old key"
         )
     key_pair(folder)
     shutil.rmtree(place)
@@ -264,10 +273,21 @@ def _use_new_key(folder: Path, place: Path) -> None:
                 replace_durably(folder / name, (place / name).read_bytes())
             (folder / "node.pub").chmod(0o644)
             key_pair(folder)
+            _renew_handover(folder, place)
     finally:
         os.environ.pop("FLWR_HOME", None)
         if before is not None:
             os.environ["FLWR_HOME"] = before
+
+
+def _renew_handover(folder: Path, place: Path) -> None:
+    """Write the handover of a node that uses its new key again, with the releases since it was made."""
+    old = load_ssh_private_key((place / f"{_OLD}node.key").read_bytes(), None)
+    if not isinstance(old, ec.EllipticCurvePrivateKey):
+        raise RuntimeError("not an elliptic-curve key")  # it was in use
+    public = (place / f"{_OLD}node.pub").read_bytes(), (folder / "node.pub").read_bytes()
+    handover = _signed(folder, public[0], old, public[1])
+    replace_durably(place / HANDOVER, json.dumps(asdict(handover), indent=1).encode())
 
 
 def _ledger_of(folder: Path) -> tuple[int, Head | None]:
