@@ -105,7 +105,7 @@ def test_the_old_key_is_kept_until_the_server_has_answered_the_new_one(
     assert not rotation.exists()
 
 
-def test_a_node_that_released_after_its_handover_writes_it_anew_once_it_is_stopped(deployment: Path) -> None:
+def test_a_handover_is_updated_after_releases_once_the_node_is_stopped(deployment: Path) -> None:
     """The server knows newer releases than a handover that was made while the node took part in rounds."""
     register_nodes(deployment)
     node = released(deployment)

@@ -5,8 +5,8 @@
     fedpriv deploy rotate finish NODE_DIR       the new key takes the place of the old one, which is kept
     fedpriv deploy rotate finish NODE_DIR       once the node has connected with it: the old key is deleted
 
-A node may release between the first two steps, and its handover is then refused as older than what the server knows.
-The third step, for which the node is stopped, writes it anew.
+A node may release between the first two steps. The server then knows newer releases, and refuses the handover. The third
+step, for which the node is stopped, updates it.
 
 A handover is signed with the old key. It names the new key, the client, and the signed head of the client's ledger.
 The budget belongs to the client, not to its key: policy, ledger and `ledger.key` stay, and the server keeps heads by
@@ -203,7 +203,7 @@ def refuse_unproven(name: str, handover: Handover, known: dict[int, Head]) -> No
         return
     remedy = (
         "If the node has released since, stop it, run fedpriv deploy rotate finish NODE_DIR, and accept the handover "
-        "that this writes anew; a new key brings no new budget"
+        "that this updates; a new key brings no new budget"
     )
     if head is None or head.key != before.key:
         got = "one without releases" if head is None else "one signed with a different ledger.key"
