@@ -1,9 +1,10 @@
 """A federation that is operated for two hours: five nodes and a helper on this machine, and everything that happens.
 
     python results/deployment/two_hours.py FOLDER [--minutes 120]    the deployment lives in FOLDER
+    python results/deployment/two_hours.py FOLDER --again            starts all parties again, and holds the last run
     python results/deployment/two_hours_page.py FOLDER               compares models and ledgers, fills the page
 
-`SESSIONS` is the timetable: ten runs of secure aggregation with seeded noise, and the actions on server, nodes and
+`SESSIONS` is the timetable: eleven runs of secure aggregation with seeded noise, and the actions on server, nodes and
 helper after a number of rounds. Every action is logged with its time, exit code and output in
 `events.jsonl`, every new line of a party's log in `seen.jsonl`. One node has its folder on a tmpfs, so that its disk
 can be filled; that takes root.
@@ -137,6 +138,13 @@ SESSIONS = (
     )),
 )  # fmt: skip
 
+# After all parties were stopped, as for an upgrade. A rotation, refused because the node had released since, ends.
+AGAIN = Session(112, "started-again", 6, (
+    (0, "deploy status {d}"), (0, "stop node-4"), (0, "deploy rotate finish {d}/node-4"),
+    (0, "deploy rotate accept {d}/node-4/rotation/handover.json {d}"), (0, "start node-4"), (0, "wait 45"),
+    (3, "deploy rotate finish {d}/node-4"), (5, "deploy status {d}"), (AFTER, "deploy list {d}"),
+))  # fmt: skip
+
 
 @dataclass
 class Federation:
@@ -146,6 +154,7 @@ class Federation:
     scale: float
     deadline: float
     sessions: tuple[Session, ...]
+    again: bool = False
     began: float = field(default_factory=time.time)
     run: subprocess.Popen[bytes] | None = None
     _read: dict[Path, int] = field(default_factory=dict)
@@ -154,6 +163,9 @@ class Federation:
     def __post_init__(self) -> None:
         self.parties = Loopback(self.folder / "deployment", nodes=5, helpers=1, port=PORT)
         self.backups = self.folder / "backups"
+        if self.again:
+            self.began = json.loads((self.folder / "origin.json").read_text(encoding="utf-8"))["began"]
+            return
         self.backups.mkdir(parents=True)
         (self.folder / "origin.json").write_text(json.dumps({"began": self.began}), encoding="utf-8")
 
@@ -287,7 +299,7 @@ class Federation:
         self._session = session.name
         config = self.folder / f"{session.name}.toml"
         values = {"name": session.name, "clients": session.clients, "rounds": session.rounds}
-        seed = 100 + SESSIONS.index(session)
+        seed = 100 + (*SESSIONS, AGAIN).index(session)
         config.write_text(CONFIG.format(**values, seed=seed, deadline=self.deadline), encoding="utf-8")
         waiting = list(session.events)
         resumed = 0
@@ -314,6 +326,24 @@ class Federation:
             self._start_run(config, "--resume")
             self.note("run --resume")
         take(AFTER)
+
+    def live_again(self) -> None:
+        """Start all parties of the deployment that are not removed, and hold the last session."""
+        parties = ["server", "helper-0", *(f"node-{number}" for number in (0, 2, 3, 4, 5))]
+        try:
+            for name in parties:
+                self.parties.start(name)
+            self.note("started again")
+            self.rest(30.0)
+            self.hold(AGAIN)
+            for node in range(6):
+                self.act(f"deploy ledger {{d}}/node-{node}")
+            self.act("deploy check {d}")
+        finally:
+            for name in list(self.parties._processes):
+                self.act(f"stop {name}")
+            self.listen()
+        self.note("stopped")
 
     def live(self) -> None:
         """Set up the deployment, hold all sessions, and stop."""
@@ -354,11 +384,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=120.0)
     parser.add_argument("--deadline", type=float, default=75.0)
     parser.add_argument("--only", default="", help="names of sessions, for a rehearsal")
+    parser.add_argument("--again", action="store_true", help="start all parties again, and hold the last run")
     found = parser.parse_args()
     names = found.only.split(",")
     sessions = tuple(one for one in SESSIONS if not found.only or one.name in names)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    Federation(found.folder.resolve(), found.minutes / 120.0, found.deadline, sessions).live()
+    federation = Federation(found.folder.resolve(), found.minutes / 120.0, found.deadline, sessions, found.again)
+    (federation.live_again if found.again else federation.live)()
 
 
 if __name__ == "__main__":
