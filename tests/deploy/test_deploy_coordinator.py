@@ -109,7 +109,8 @@ def test_below_the_minimum_a_run_can_stop() -> None:
 def test_a_run_that_budgets_end_does_not_ask_for_a_repair() -> None:
     server = coordinator(min_participants=3, too_few="stop")
     server.begin()
-    refusals = dict.fromkeys((2, 3), ("budget", "its privacy budget does not allow another message"))
+    refusal = "budget", "its privacy budget does not allow another message"
+    refusals: dict[int, tuple[str, str]] = {2: refusal, 3: refusal}
     with pytest.raises(UserError, match=r"got 2 \(.*\)\. A used budget never refills: ask these clients' operators"):
         server.finish(messages(0, 1), refusals)
 
