@@ -357,7 +357,7 @@ def test_runs_are_compared_by_what_differs(tmp_path: Path, capsys: pytest.Captur
         main_code = ended.code
     assert main_code in (None, 0)
     assert "test_accuracy" in capsys.readouterr().out
-    with pytest.raises(UserError, match="expected a finished run"):
+    with pytest.raises(UserError, match="expected the folder of a finished run, got a folder of runs"):
         compare_runs([tmp_path])
 
 

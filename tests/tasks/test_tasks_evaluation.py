@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpriv.tasks.models import Cnn, Mlp
+from fedpriv.tasks.pooling import MaxPool
 from fedpriv.tasks.task import MAX_PIECE_FLOATS, Task
 
 
@@ -58,7 +59,7 @@ def test_pooling_before_relu_is_pooling_after_it_to_the_bit(channels_last: bool,
     new = Cnn(width=3).build((3, 12, 12), 10, 0)
     layers = list(new.children())
     layers[1], layers[2], layers[4], layers[5] = layers[2], layers[1], layers[5], layers[4]
-    assert [type(layers[place]) for place in (1, 2, 4, 5)] == [nn.ReLU, nn.MaxPool2d] * 2
+    assert [type(layers[place]) for place in (1, 2, 4, 5)] == [nn.ReLU, MaxPool] * 2
     inputs, labels = examples_of((3, 12, 12))
     inputs = (scale * inputs).round()
     tasks = [Task(module, channels_last=channels_last) for module in (new, nn.Sequential(*layers))]
