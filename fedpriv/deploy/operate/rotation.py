@@ -5,8 +5,8 @@
     fedpriv deploy rotate finish NODE_DIR       the new key takes the place of the old one, which is kept
     fedpriv deploy rotate finish NODE_DIR       once the node has connected with it: the old key is deleted
 
-A node may release between the first two steps. The server then knows newer releases, and refuses the handover. The third
-step, for which the node is stopped, updates it.
+A node may release between the first two steps. The server then knows newer releases, and refuses the handover. The
+third step, for which the node is stopped, updates it.
 
 A handover is signed with the old key. It names the new key, the client, and the signed head of the client's ledger.
 The budget belongs to the client, not to its key: policy, ledger and `ledger.key` stay, and the server keeps heads by
