@@ -86,12 +86,12 @@ def agrees(in_c: SoftmaxInC) -> bool:
     """Return True if C computes the gradients of torch in float64, up to rounding."""
     generator = torch.Generator().manual_seed(0)
     for examples, width, classes in ((35, 37, 7), (18, 1060, 10), (3, 16, 3)):
-        inputs = torch.randn((3, examples, width), generator=generator)
+        inputs = torch.randn((3, examples, width), generator=generator, dtype=torch.float32)
         labels = torch.randint(classes, (3, examples), generator=generator)
-        weights = torch.rand((3, examples), generator=generator)
+        weights = torch.rand((3, examples), generator=generator, dtype=torch.float32)
         weights[1, examples // 2 :] = 0.0  # padding
         weights[2] = 0.0  # a client without examples
-        models = 0.1 * torch.randn((3, classes * (width + 1)), generator=generator)
+        models = 0.1 * torch.randn((3, classes * (width + 1)), generator=generator, dtype=torch.float32)
         for chosen in (models, models[0]):
             found = in_c.gradients(chosen, inputs, labels, weights)
             expected = _in_float64(chosen, inputs, labels, weights)

@@ -1,6 +1,8 @@
 """Maximum pooling in C: torch's bits for every input, and torch for transforms, exports and other formats."""
 
 import io
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from fedpriv.native import native_library
 from fedpriv.tasks import pooling
 from fedpriv.tasks.models import Cnn
+from fedpriv.tasks.native import softmax_in_c
 from fedpriv.tasks.pooling import MaxPool, PoolingInC, agrees, pooling_in_c
 from fedpriv.tasks.task import Task
 
@@ -34,6 +37,28 @@ def derivative(pool: nn.Module, inputs: Tensor, slopes: Tensor) -> tuple[Tensor,
     leaf = inputs.clone().requires_grad_()
     values = pool(leaf)
     return values.detach(), torch.autograd.grad(values, leaf, slopes)[0]
+
+
+@in_c
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_the_first_use_may_be_in_an_evaluation_and_draws_nothing(context: Callable[[], Any]) -> None:
+    pooling_in_c.cache_clear()
+    before = torch.get_rng_state()
+    with context():
+        assert pooling_in_c() is not None
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@in_c
+def test_the_first_use_may_have_another_default_type() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        pooling_in_c.cache_clear()
+        softmax_in_c.cache_clear()
+        assert pooling_in_c() is not None
+        assert softmax_in_c() is not None
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @in_c
