@@ -143,7 +143,7 @@ def report_on(study: Study, folder: Path, *, select: str | None = None, root: Pa
         study: The study.
         folder: The destination.
         select: `test`, `validation` or None.
-        root: The folder of the runs; the page links to them if it lies inside. None: without links.
+        root: The folder of the runs. A page inside it links to the runs; None for a page without links.
     """
     report = _Report(study, judge_of(study, select), folder, root)
     _clear(folder)

@@ -327,6 +327,12 @@ class Federation:
             self.note("run --resume")
         take(AFTER)
 
+    def _examine(self) -> None:
+        """Show all ledgers, and check the deployment."""
+        for node in range(6):
+            self.act(f"deploy ledger {{d}}/node-{node}")
+        self.act("deploy check {d}")
+
     def live_again(self) -> None:
         """Start all parties of the deployment that are not removed, and hold the last session."""
         parties = ["server", "helper-0", *(f"node-{number}" for number in (0, 2, 3, 4, 5))]
@@ -336,9 +342,7 @@ class Federation:
             self.note("started again")
             self.rest(30.0)
             self.hold(AGAIN)
-            for node in range(6):
-                self.act(f"deploy ledger {{d}}/node-{node}")
-            self.act("deploy check {d}")
+            self._examine()
         finally:
             for name in list(self.parties._processes):
                 self.act(f"stop {name}")
@@ -363,9 +367,7 @@ class Federation:
             for session in self.sessions:
                 self.rest(self.began + 60.0 * session.minute * self.scale - time.time())
                 self.hold(session)
-            for node in range(6):
-                self.act(f"deploy ledger {{d}}/node-{node}")
-            self.act("deploy check {d}")
+            self._examine()
         finally:
             for name in list(self.parties._processes):
                 self.act(f"kill {name}")

@@ -231,6 +231,12 @@ def test_registration_waits_for_a_server_that_starts() -> None:
     assert said == ["waiting     for the server's answer, at most 30 s"]
 
 
+@pytest.mark.parametrize("seconds", [-1.0, float("nan")])
+def test_a_wait_is_a_number_of_seconds(seconds: float) -> None:
+    with pytest.raises(UserError, match="--wait: expected seconds from 0"):
+        once_it_answers(lambda: None, seconds, print)
+
+
 def test_a_wait_ends_and_other_refusals_are_not_waited_out() -> None:
     for error in (SilentServerError("s", "an answer", "silence", "Start it"), UserError("s", "a", "b", "c")):
 

@@ -85,23 +85,24 @@ def states_of(engine: LoopEngine | VectorizedEngine, rules: Method) -> dict[int,
 
 @pytest.mark.parametrize(("name", "work", "trust", "cohort"), covering())
 @pytest.mark.sampled
-def test_vectorized_is_the_loop_up_to_rounding(name: str, work: str, trust: TrustName | None, cohort: str) -> None:
+def test_vectorized_is_the_loop_up_to_rounding(
+    name: str, work: str, trust: TrustName | None, cohort: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Compare the models of twenty rounds within 1e-6, and the states of all clients seen.
 
-    Noise rounds to a grid: a number with other last bits may go to the next grid point, but hardly ever does.
+    Noise rounds to a grid. So with noise, torch computes all gradients here; see the test below for those of C.
     """
+    if trust is not None:
+        monkeypatch.setattr("fedpriv.tasks.dense.softmax_in_c", lambda: None)
     method, rounds = EXAMPLES[name], 20
     made = setting(method, work=WORKS[work], sampling=COHORTS[cohort], trust=trust, noise_multiplier=0.05)
     start = method.init_server(made.initial_model)
     loop, vectorized = LoopEngine(made.population), VectorizedEngine(made.population, chunk=5)
     _, one, totals = advance(loop, made.server, start, 1, rounds)
     _, other, totals_other = advance(vectorized, made.server, start, 1, rounds)
-    moved = float((one[-1] - made.initial_model).abs().max())
-    assert moved > 1e-3
+    assert float((one[-1] - made.initial_model).abs().max()) > 1e-3
     for first, second in zip(one, other, strict=True):
-        apart = (first - second).abs()
-        assert float((apart > 1e-6).float().mean()) <= (0.0 if trust is None else 0.005)
-        assert float(apart.max()) <= 0.01 * moved
+        assert float((first - second).abs().max()) <= 1e-6
     for total, twin in zip(totals, totals_other, strict=True):
         assert (total.messages, total.non_finite) == (twin.messages, twin.non_finite)
         assert total.signal_norm == pytest.approx(twin.signal_norm, rel=1e-4, nan_ok=True)
@@ -109,6 +110,19 @@ def test_vectorized_is_the_loop_up_to_rounding(name: str, work: str, trust: Trus
     assert states.keys() == twins.keys()
     for client, fields in states.items():
         assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(fields, twins[client], strict=True))
+
+
+@pytest.mark.parametrize("trust", ["central", "local"])
+@pytest.mark.parametrize("name", ["alpha-normec with a small alpha", "clip21"])
+def test_gradients_of_c_with_noise_move_few_numbers_to_the_next_grid_point(name: str, trust: TrustName) -> None:
+    """A number with other last bits may be rounded to the next point of the noise's grid, but hardly ever is."""
+    made = setting(EXAMPLES[name], work=WORKS["local steps"], trust=trust, noise_multiplier=0.05)
+    one, other = models_of(made, rounds=10), models_of(made, partial(VectorizedEngine, chunk=5), rounds=10)
+    moved = float((one[-1] - made.initial_model).abs().max())
+    for first, second in zip(one, other, strict=True):
+        apart = (first - second).abs()
+        assert float((apart > 1e-6).float().mean()) <= 0.005
+        assert float(apart.max()) <= 0.01 * moved
 
 
 @pytest.mark.parametrize("work", WORKS)

@@ -1,7 +1,7 @@
 """A pretended second device: tensors that report `cuda:0` and hold their numbers on the CPU.
 
 With it, code for GPUs runs on a machine without one, and mistakes with devices are errors as on a GPU: operands on two
-devices (but for scalars and indices on the CPU), `numpy()` of a tensor on the device, a generator of the wrong device.
+devices (but for scalars and indices on the CPU), `numpy()` of a tensor on the device.
 Kernels are those of the CPU, so it says nothing about speed or rounding on a GPU.
 """
 

@@ -282,6 +282,8 @@ def _use_new_key(folder: Path, place: Path) -> None:
 
 def _renew_handover(folder: Path, place: Path) -> None:
     """Write the handover of a node that uses its new key again, with the releases since it was made."""
+    if not (place / f"{_OLD}node.key").is_file():  # the operator has put the new key in use by hand
+        return
     old = load_ssh_private_key((place / f"{_OLD}node.key").read_bytes(), None)
     if not isinstance(old, ec.EllipticCurvePrivateKey):
         raise RuntimeError("not an elliptic-curve key")  # it was in use

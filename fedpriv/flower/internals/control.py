@@ -169,6 +169,8 @@ def once_it_answers(ask: Callable[[], AnswerT], seconds: float, say: Callable[[s
     Raises:
         UserError: If the server still does not answer, or refuses.
     """
+    if not seconds >= 0.0:
+        raise UserError("--wait", "seconds from 0", seconds, "Give the longest wait")
     end, told = time.monotonic() + seconds, False
     while True:
         try:

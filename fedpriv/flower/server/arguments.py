@@ -116,7 +116,7 @@ def checked_evaluation(evaluate_fn: EvaluateFn | None) -> EvaluateFn | None:
     """Return `evaluate_fn` with its values checked: Flower would read them only after the last round.
 
     Raises:
-        UserError: From the returned function, if it is not given a MetricRecord or None.
+        UserError: From the returned function, if `evaluate_fn` returns neither a MetricRecord nor None.
     """
     if evaluate_fn is None:
         return None
