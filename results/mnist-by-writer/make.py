@@ -36,8 +36,6 @@ SEEDS = (1, 2, 3)
 MOMENTUM = 0.9
 # Steps beyond an end of a grid: how many at most, and the factor between them.
 EXTENSIONS, FACTOR = 2, 3.0
-# Server momentum is tried beside every method in these settings, and beside DP-FedAvg in all.
-WITH_MOMENTUM = ("non-private", "central, epsilon 8", "central, epsilon 2")
 ADAM_STEPS = (0.001, 0.003, 0.01)
 PUBLIC_BETA = 0.3
 
@@ -111,16 +109,12 @@ def grid_of(problem: str, setting: str) -> dict[str, list[dict[str, Any]]]:
     if local:
         methods["alpha-NormEC, sent"] = _feedback(steps, pairs, server_normalization=False, memory="sent")
     public = [{"name": "centered-clip", "beta": PUBLIC_BETA, **p} for p in clipped]
-    if setting in WITH_MOMENTUM:
-        methods |= {f"{name}, momentum": _with_momentum(points) for name, points in methods.items()}
-        methods |= {"public memory": public, "public memory, momentum": _with_momentum(public)}
-        adaptive = _points(ADAM_STEPS, clip_norm=clips)
-        methods["DP-FedAvg, Adam"] = [
-            {"name": "dp-fedavg", **p, "server_lr": p["server_lr"] * p["clip_norm"], "optimizer": "adam"}
-            for p in adaptive
-        ]
-    else:
-        methods["DP-FedAvg, momentum"] = _with_momentum(methods["DP-FedAvg"])
+    methods |= {"public memory": public}
+    methods |= {f"{name}, momentum": _with_momentum(points) for name, points in methods.items()}
+    methods["DP-FedAvg, Adam"] = [
+        {"name": "dp-fedavg", **p, "server_lr": p["server_lr"] * p["clip_norm"], "optimizer": "adam"}
+        for p in _points(ADAM_STEPS, clip_norm=clips)
+    ]
     return methods
 
 
