@@ -93,9 +93,10 @@ def test_a_deployment_gives_the_model_of_the_loop_to_the_bit(deployment: Loopbac
 def test_flowers_processes_are_forks_of_their_node_or_server(deployment: Loopback) -> None:
     """Each of them would otherwise import PyTorch and Flower again, in the minutes before a first round."""
     for name in ("server", "node-0", "node-1"):
+        wait_until(lambda name=name: "fork-apps" in deployment.processes(name), 240.0, deployment.log(name))
         found = deployment.processes(name)
         assert len(found) == 3
-        assert {"flower-superexe", "fork-apps"} < set(found)
+        assert "flower-superexe" in found
 
 
 @pytest.mark.slow
