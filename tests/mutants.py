@@ -2368,6 +2368,20 @@ MUTANTS = [
         "tests/deploy/test_deploy_companion.py",
     ),
     Mutant(
+        "deployment: an accepted app meets packages of the node's own",
+        "fedpriv/flower/forked.py",
+        "    if foreign:\n",
+        "    if False:\n",
+        "tests/deploy/test_deploy_forked.py",
+    ),
+    Mutant(
+        "deployment: Flower's processes are forked from a process with threads",
+        "fedpriv/flower/forked.py",
+        " or threading.active_count() > 1:",
+        ":",
+        "tests/deploy/test_deploy_forked.py",
+    ),
+    Mutant(
         "deployment: a full disk is not looked at",
         "fedpriv/deploy/checks.py",
         "    if free < max(least, _MIN_FREE):",

@@ -187,8 +187,8 @@ def node(
     from fedpriv.deploy.operate.party import operate
     from fedpriv.deploy.setup.supernode import run_node
 
-    operate(bundle, log_format, metrics_port, metrics_host)
-    raise typer.Exit(run_node(bundle))
+    with operate(bundle, log_format, metrics_port, metrics_host):
+        raise typer.Exit(run_node(bundle))
 
 
 @deploy.command()
@@ -218,5 +218,5 @@ def server(
     from fedpriv.deploy.operate.party import operate
     from fedpriv.deploy.setup.superlink import run_server
 
-    operate(folder, log_format, metrics_port, metrics_host)
-    raise typer.Exit(run_server(folder))
+    with operate(folder, log_format, metrics_port, metrics_host):
+        raise typer.Exit(run_server(folder))

@@ -26,9 +26,23 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
-__all__ = ["ALIVE", "LOCK", "PREPARED", "companion_of", "end_with", "starting_companions"]
+__all__ = [
+    "AHEAD",
+    "ALIVE",
+    "LOCK",
+    "PREPARED",
+    "QUIET",
+    "SUPEREXEC",
+    "ForkedApps",
+    "companion_of",
+    "end_with",
+    "entry_of",
+    "fork_apps",
+    "run",
+    "starting_companions",
+]
 
 LOCK = "lock"
 """Name of the file, in the folder of Flower's files, that a node or server locks while it runs."""
@@ -38,6 +52,18 @@ ALIVE = "alive"
 PREPARED = "FEDPRIV_PREPARED"
 """Environment variable: the program to fork, then modules that it may import before its app is known."""
 
+AHEAD: dict[str, Callable[..., Any]] = {}
+"""How to start a program of which this process has forked one ahead, by name; each can be started once."""
+
+QUIET = {
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Environment variables that keep Flower's processes from calling other servers and installing packages."""
+
+SUPEREXEC = "flower-superexec"
 _CLIENT_APP = "flwr-clientapp"
 _FORKING = "fork-client-apps"
 
@@ -58,7 +84,12 @@ def starting_companions(
     """
 
     def start(command: Sequence[str], **options: Any) -> "subprocess.Popen[bytes]":
-        process: Any = subprocess.Popen(companion_of(lock, command), **options)
+        process: Any = None
+        if command[0] in AHEAD:
+            with contextlib.suppress(OSError):  # it was killed
+                process = AHEAD.pop(command[0])(command, **options)
+        if process is None:
+            process = subprocess.Popen(companion_of(lock, command), **options)
         started(command[0], process)
         return process
 
@@ -72,19 +103,28 @@ class ForkedApps:
         lock: See `companion_of`.
         program: Program of the processes.
         modules: Modules that the first process imports, too.
+        requests: Input of a process that runs `fork_apps`; None to start one.
     """
 
-    def __init__(self, lock: str, program: str = _CLIENT_APP, modules: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        lock: str,
+        program: str = _CLIENT_APP,
+        modules: Sequence[str] = (),
+        requests: IO[bytes] | None = None,
+    ) -> None:
         self.program = program
         self._lock = lock
         self._modules = modules
+        self._requests = requests
         self._parent: subprocess.Popen[bytes] | None = None
 
     def prepare(self) -> None:
         """Start the process that imports and forks, unless it runs."""
-        if self._parent is None:
+        if self._requests is None:
             parent = companion_of(self._lock, [_FORKING, self.program, *self._modules])
             self._parent = subprocess.Popen(parent, stdin=subprocess.PIPE, bufsize=0)
+            self._requests = self._parent.stdin
 
     def start(self, command: Sequence[str], **options: Any) -> None:
         """Start a process that runs `command` and ends by itself; only the absence of output is an option."""
@@ -92,14 +132,14 @@ class ForkedApps:
         try:
             self._send(request)
         except OSError:  # the process was killed
-            self._parent = None
+            self._requests = None
             self._send(request)
 
     def _send(self, request: str) -> None:
         self.prepare()
-        assert self._parent is not None
-        assert self._parent.stdin is not None
-        self._parent.stdin.write(f"{request}\n".encode())
+        assert self._requests is not None
+        self._requests.write(f"{request}\n".encode())
+        self._requests.flush()
 
 
 def fork_apps(lock: str, program: str = _CLIENT_APP, *modules: str) -> None:
@@ -110,7 +150,7 @@ def fork_apps(lock: str, program: str = _CLIENT_APP, *modules: str) -> None:
         program: Program of the processes, which is imported.
         modules: Other modules to import, if they are installed.
     """
-    _entry(program)
+    entry_of(program)
     for name in ("torch", "scipy.special", "pydantic", *modules):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -150,15 +190,21 @@ def main(arguments: Sequence[str]) -> None:
     run(lock, command)
 
 
-def run(lock: str, command: Sequence[str]) -> None:
-    """Run one of Flower's programs, which end with the lock, and exit."""
+def run(lock: str, command: Sequence[str], requests: IO[bytes] | None = None) -> None:
+    """Run one of Flower's programs, which end with the lock, and exit.
+
+    Args:
+        lock: See `companion_of`.
+        command: Name of the program, and its arguments.
+        requests: For Flower's SuperExec, see `ForkedApps`.
+    """
     end_with(lock)
     threading.excepthook = _one_line_for_refused_heartbeats
-    if command[0] == "flower-superexec":
+    if command[0] == SUPEREXEC:
         executor: Any = importlib.import_module("flwr.supercore.superexec.executor.subprocess_executor")
-        executor.subprocess = _for_superexec(lock)
+        executor.subprocess = _for_superexec(lock, requests)
     sys.argv = list(command)
-    sys.exit(_entry(command[0])())
+    sys.exit(entry_of(command[0])())
 
 
 def _one_line_for_refused_heartbeats(raised: threading.ExceptHookArgs) -> None:
@@ -171,12 +217,12 @@ def _one_line_for_refused_heartbeats(raised: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(raised)
 
 
-def _for_superexec(lock: str) -> Any:
+def _for_superexec(lock: str, requests: IO[bytes] | None = None) -> Any:
     companions = starting_companions(lock)
     if sys.platform != "linux":
         return companions
     program, *modules = os.environ.get(PREPARED, "").split() or [_CLIENT_APP]
-    forked, others = ForkedApps(lock, program, modules), companions.Popen
+    forked, others = ForkedApps(lock, program, modules, requests), companions.Popen
     if PREPARED in os.environ:
         forked.prepare()
 
@@ -186,7 +232,7 @@ def _for_superexec(lock: str) -> Any:
     return SimpleNamespace(**{**vars(companions), "Popen": start})
 
 
-def _entry(program: str) -> Callable[[], Any]:
+def entry_of(program: str) -> Callable[[], Any]:
     """Return the function behind one of Flower's programs."""
     (entry,) = importlib.metadata.entry_points(group="console_scripts", name=program)
     return entry.load()

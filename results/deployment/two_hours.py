@@ -251,13 +251,7 @@ class Federation:
 
     def _signal(self, name: str, number: int) -> None:
         """Send a signal to all processes of a node."""
-        mark = f"FLWR_HOME={self.parties.folder / name}".encode()
-        pids = {self.parties._processes[name].pid}
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            with suppress(OSError):
-                if any(part.startswith(mark) for part in path.read_bytes().split(b"\0")):
-                    pids.add(int(path.parent.name))
-        for pid in pids:
+        for pid in {self.parties._processes[name].pid, *self.parties.pids(name)}:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 

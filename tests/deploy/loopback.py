@@ -91,14 +91,24 @@ class Loopback:
         del self._processes[name]
         return code
 
-    def processes(self, name: str) -> list[str]:
-        """Return the commands of all processes of `server` or `node-I`."""
-        mark = f"FLWR_HOME={self.folder / name}".encode()
-        found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
+    def pids(self, name: str) -> list[int]:
+        """Return all processes of `server` or `node-I`: those started with its folder, or forked from them."""
+        folder = str(self.folder / name).encode()
+        found: list[int] = []
+        for path in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                if any(part.startswith(mark) for part in path.read_bytes().split(b"\0")):
-                    found.append((path.parent / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                arguments = (path / "cmdline").read_bytes().split(b"\0")
+                variables = (path / "environ").read_bytes().split(b"\0")
+                if folder in arguments or b"FLWR_HOME=" + folder + b"/flower" in variables:
+                    found.append(int(path.name))
+        return found
+
+    def processes(self, name: str) -> list[str]:
+        """Return the names of the processes of `pids`."""
+        found: list[str] = []
+        for pid in self.pids(name):
+            with suppress(OSError):
+                found.append(Path(f"/proc/{pid}/comm").read_text().strip())
         return found
 
     def close(self) -> None:

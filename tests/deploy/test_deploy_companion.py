@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,7 +77,12 @@ def test_a_killed_keeper_takes_its_companions_along(when: str, tmp_path: Path) -
 
 def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     commands: list[list[str]] = []
-    monkeypatch.setattr(companion.subprocess, "Popen", lambda command, **_: commands.append(list(command)))
+
+    def start(command: Sequence[str], **_: Any) -> SimpleNamespace:
+        commands.append(list(command))
+        return SimpleNamespace(stdin=None)
+
+    monkeypatch.setattr(companion.subprocess, "Popen", start)
     return commands
 
 
@@ -161,7 +167,7 @@ def test_a_heartbeat_that_the_server_refuses_is_one_line_and_other_failures_of_t
     """The server refuses those of a removed node's client app, which Flower leaves to Python's report of a thread."""
 
     monkeypatch.setattr(companion, "end_with", lambda _: None)
-    monkeypatch.setattr(companion, "_entry", lambda _: lambda: None)
+    monkeypatch.setattr(companion, "entry_of", lambda _: lambda: None)
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
     with pytest.raises(SystemExit):

@@ -1,6 +1,7 @@
 """Real processes: a deployment computes the loop's model to the bit, even if its node and its server are killed."""
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,6 +86,17 @@ def test_a_deployment_gives_the_model_of_the_loop_to_the_bit(deployment: Loopbac
     assert (tmp_path / "devices" / "model.safetensors").read_bytes() == _by_loop(config, tmp_path / "loop")
     heads = HeadBook(deployment.folder / "server" / "flower" / HEADS_FILE).heads
     assert {client: head.lines for client, head in heads.items()} == dict.fromkeys(range(2), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, processes are not forked")
+def test_flowers_processes_are_forks_of_their_node_or_server(deployment: Loopback) -> None:
+    """Each of them would otherwise import PyTorch and Flower again, in the minutes before a first round."""
+    for name in ("server", "node-0", "node-1"):
+        wait_until(lambda name=name: "fork-apps" in deployment.processes(name), 240.0, deployment.log(name))
+        found = deployment.processes(name)
+        assert len(found) == 3
+        assert "flower-superexe" in found
 
 
 @pytest.mark.slow

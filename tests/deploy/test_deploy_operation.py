@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,17 @@ from fedpriv.cli import app
 from fedpriv.deploy.checks import load_certificate
 from fedpriv.deploy.device.device import Device
 from fedpriv.deploy.operate import json_lines
+from fedpriv.deploy.operate import party as party_module
 from fedpriv.deploy.operate.expiry import Ending, endings, warnings
 from fedpriv.deploy.operate.health import health
 from fedpriv.deploy.operate.metrics import NodeBudget, node_budgets, serve_metrics
+from fedpriv.deploy.operate.party import operate
 from fedpriv.deploy.operate.tally import Counts, Tally, all_counts, bytes_of
 from fedpriv.deploy.setup.compose import metrics_port
 from fedpriv.deploy.setup.provision import Deployment, add_nodes, init_deployment
 from fedpriv.errors import UserError
 from fedpriv.files import lock_file
+from fedpriv.flower.companion import PREPARED
 
 KEYS = {"time", "level", "source", "name", "message"}
 NOW = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
@@ -333,3 +337,40 @@ def healthy(folder: Path) -> bool:
         return bool(health(folder))
     except UserError:
         return False
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], bool]]:
+    """Note what would be forked, and for whom."""
+    calls: list[tuple[str, list[str], bool]] = []
+
+    def ahead(lock: Path, prepared: list[str], shared: list[str], *, foreign: bool) -> nullcontext[None]:
+        calls.append((str(lock), prepared, foreign))
+        assert len(shared) == 1
+        return nullcontext()
+
+    monkeypatch.setattr(party_module, "forked_ahead", ahead)
+    monkeypatch.setattr(party_module, "warn_daily", lambda *_: None)
+    monkeypatch.setenv(PREPARED, "")
+    return calls
+
+
+def test_only_a_node_of_our_own_app_forks_its_apps_with_our_packages(
+    tmp_path: Path, forked: list[tuple[str, list[str], bool]]
+) -> None:
+    """An accepted app, and the server's app of a user, may have packages of the same names."""
+    init_deployment(tmp_path / "d", Deployment(host=HOST, nodes=2, trust="aggregator", helpers=1))
+    with (tmp_path / "d" / "node-1" / "node.toml").open("a") as file:
+        file.write(f'accepted-apps = ["{"0" * 64}"]\n')
+    own = ["flwr-clientapp", "clients.client_app"]
+    for name, prepared, foreign in (
+        ("server", ["flwr-serverapp"], True),
+        ("node-0", own, False),
+        ("node-1", own[:1], True),
+        ("helper-0", own, False),
+    ):
+        with operate(tmp_path / "d" / name):
+            assert os.environ[PREPARED].split() == prepared
+        assert forked.pop() == (str(tmp_path / "d" / name / "flower" / "lock"), prepared, foreign)
+    with operate(tmp_path):
+        assert not forked

@@ -1,7 +1,6 @@
 """`fedpriv deploy server`: run the server of a deployment, Flower's SuperLink with TLS, node keys and a guard."""
 
 import ipaddress
-import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,6 @@ from fedpriv.deploy.setup.supernode import flower_home, held_alone
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import read_config_file
 from fedpriv.experiment.schema import read_table
-from fedpriv.flower.companion import PREPARED
 
 __all__ = ["SERVER_FILES", "SERVER_TOML", "ServerSettings", "check_server_folder", "run_server"]
 
@@ -104,7 +102,6 @@ def run_server(folder: Path) -> int:
             *("--isolation", "subprocess"),
             *("--enable-supernode-auth", "--disable-runtime-dependency-installation"),
         ]
-        os.environ[PREPARED] = "flwr-serverapp"
         # The run's own process reaches the SuperLink at the address at which it listens.
         return run_superlink(options, [*settings.admin_from, "127.0.0.1", "::1", settings.listen])
 

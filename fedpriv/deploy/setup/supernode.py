@@ -21,7 +21,7 @@ from fedpriv.deploy.kinds import require_kind
 from fedpriv.errors import UserError
 from fedpriv.files import lock_file, write_atomically
 from fedpriv.flower.bundle import app_files, app_hash
-from fedpriv.flower.companion import LOCK, PREPARED
+from fedpriv.flower.companion import LOCK
 
 __all__ = ["flower_home", "held_alone", "run_node"]
 
@@ -58,8 +58,6 @@ def run_node(bundle: Path) -> int:
             *("--host", "127.0.0.1", "--port", str(settings.runtime_port or _free_port())),
         ]
         accepted = settings.accepted_apps if isinstance(settings, NodeSettings) else ()
-        # Another app may have packages of fedpriv's names.
-        os.environ[PREPARED] = "flwr-clientapp" if accepted else "flwr-clientapp clients.client_app"
         return run_supernode(options, {app_hash(), *accepted}, own_bundle(app_files()) if helps else None)
 
 

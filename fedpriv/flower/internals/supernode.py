@@ -39,10 +39,9 @@ from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedpriv.errors import UserError
-from fedpriv.flower.companion import ALIVE, LOCK, starting_companions
+from fedpriv.flower.companion import ALIVE, LOCK, QUIET, starting_companions
 
 __all__ = [
-    "QUIET",
     "accepting_only",
     "accompanied",
     "bundle_hash",
@@ -51,14 +50,6 @@ __all__ = [
     "run_supernode",
     "why_refused",
 ]
-
-QUIET = {
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
-"""Environment variables that keep Flower's processes from calling other servers and installing packages."""
 
 # Flower's servers wait for two heartbeats, of 30 s, before they consider a node gone.
 _PATIENCE_SECONDS = 75.0
