@@ -7,6 +7,7 @@ if it is killed, and the companion then ends at once. Flower's own programs only
 and miss the answer while they wait for a server that is gone.
 
 The program is run by its path and imports nothing from fedpriv: the app that it loads may have packages of those names.
+A process that a node or server forked forgets its imports of them before it loads such an app.
 
 Flower starts a process for every message to a ClientApp, and for every run's ServerApp, and each would import PyTorch
 and Flower again. On Linux, they are therefore forked by a process that imports both once. If the node or server names

@@ -5,21 +5,22 @@ before it has threads. The SuperExec waits for its command, and then forks the p
 Both end with the node or server.
 """
 
-import atexit
 import importlib
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, NoReturn
+from types import ModuleType
+from typing import IO
 
+from fedpriv.flower import companion
 from fedpriv.flower.companion import AHEAD, QUIET, SUPEREXEC, entry_of, fork_apps, run
 
 __all__ = ["ForkedProcess", "forked_ahead"]
@@ -45,9 +46,12 @@ class ForkedProcess:
         """Return the exit code, or None while it runs."""
         with self._lock:
             if self.returncode is None:
-                ended, status = os.waitpid(self.pid, os.WNOHANG)
-                if ended:
-                    self.returncode = os.waitstatus_to_exitcode(status)
+                try:
+                    ended, status = os.waitpid(self.pid, os.WNOHANG)
+                except ChildProcessError:  # signals of ended children are ignored, and its code is lost
+                    self.returncode = 0
+                else:
+                    self.returncode = os.waitstatus_to_exitcode(status) if ended else None
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -60,7 +64,7 @@ class ForkedProcess:
             subprocess.TimeoutExpired: If it has not ended by then.
         """
         if timeout is None:
-            with suppress(ChildProcessError):  # another thread was faster
+            with suppress(ChildProcessError):  # it was waited for
                 os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         until = None if timeout is None else time.monotonic() + timeout
         while (code := self.poll()) is None:
@@ -79,15 +83,38 @@ class ForkedProcess:
 
     def _send(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+
+class _Ahead:
+    """A forked SuperExec that waits for its command."""
+
+    def __init__(self, process: ForkedProcess, orders: IO[bytes]) -> None:
+        self._process = process
+        self._orders = orders
+
+    def start(self, command: Sequence[str], *, start_new_session: bool = False) -> ForkedProcess:
+        """Start it, in place of `subprocess.Popen`."""
+        order = {"command": list(command), "environment": dict(os.environ), "session": start_new_session}
+        try:
+            self._orders.write(f"{json.dumps(order)}\n".encode())
+        except OSError:  # it was killed
+            self._process.poll()
+            raise
+        return self._process
+
+    def close(self) -> None:
+        """Let it end if it has no command yet."""
+        self._orders.close()
 
 
 @contextmanager
 def forked_ahead(lock: Path, prepared: Sequence[str], shared: Sequence[str] = (), *, foreign: bool) -> Iterator[None]:
     """Fork Flower's SuperExec, to be started by `starting_companions` in the block; it forks the process of its apps.
 
-    On other systems than Linux, and in a process with threads, nothing is forked, and the processes are started when
-    Flower needs them.
+    On other systems than Linux, in a process with threads, and if the system allows no more processes, nothing is
+    forked, and the processes are started when Flower needs them.
 
     Args:
         lock: See `companion.companion_of`.
@@ -95,73 +122,71 @@ def forked_ahead(lock: Path, prepared: Sequence[str], shared: Sequence[str] = ()
         shared: Modules to import before the fork, because this process needs them, too.
         foreign: Whether an app may have packages of fedpriv's names, so that this process's are forgotten.
     """
-    if sys.platform != "linux" or threading.active_count() > 1:
+    ahead = _fork_ahead(str(lock), prepared, shared, foreign=foreign) if sys.platform == "linux" else None
+    if ahead is not None:
+        AHEAD[SUPEREXEC] = ahead.start
+    try:
         yield
-        return
+    finally:
+        if ahead is not None:
+            AHEAD.pop(SUPEREXEC, None)
+            ahead.close()
+
+
+def _fork_ahead(lock: str, prepared: Sequence[str], shared: Sequence[str], *, foreign: bool) -> _Ahead | None:
     os.environ.update(QUIET)  # Flower reads them at import
     for module in shared:
         importlib.import_module(module)
     entry_of(SUPEREXEC)
+    if threading.active_count() > 1:
+        return None
     reading, writing = os.pipe()
 
     def wait_and_run() -> None:
         os.close(writing)
         with os.fdopen(reading, "rb") as orders:
-            _wait_and_run(orders, str(lock), prepared, foreign=foreign)
+            _wait_and_run(orders, lock, prepared, foreign=foreign)
 
-    process = ForkedProcess(_forked(wait_and_run))
+    try:
+        process = ForkedProcess(_forked(wait_and_run))
+    except OSError:
+        os.close(reading)
+        os.close(writing)
+        return None
     os.close(reading)
-    with os.fdopen(writing, "wb", buffering=0) as orders:
-
-        def start(command: Sequence[str], *, start_new_session: bool = False) -> ForkedProcess:
-            order = {"command": list(command), "environment": dict(os.environ), "session": start_new_session}
-            orders.write(f"{json.dumps(order)}\n".encode())
-            return process
-
-        AHEAD[SUPEREXEC] = start
-        try:
-            yield
-        finally:
-            AHEAD.pop(SUPEREXEC, None)
+    return _Ahead(process, os.fdopen(writing, "wb", buffering=0))
 
 
 def _forked(job: Callable[[], object]) -> int:
-    """Fork a process that does a job and exits; return its number."""
+    """Fork a process that does a job and then ends as any program of Python does; return its number.
+
+    Raises:
+        SystemExit: In the new process, at its end.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        _do_and_exit(job)
-    return pid
-
-
-def _do_and_exit(job: Callable[[], object]) -> NoReturn:
-    """Do a job in a new process, and end it as Python ends, without anything that its parent registered for its end."""
-    atexit._clear()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the node, too, which closes the input
-    code = 1
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        if pid := os.fork():
+            return pid
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the node, too, which closes the input
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     try:
         job()
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-    except BaseException:  # as Python reports it
-        traceback.print_exc()
-    finally:
-        with suppress(BaseException):
-            threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
-            atexit._run_exitfuncs()
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
+    except SystemExit:
+        raise
+    except BaseException as error:  # as Python reports it at the end of a program
+        sys.excepthook(type(error), error, error.__traceback__)
+        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from None
+    sys.exit(0)
 
 
 def _wait_and_run(orders: IO[bytes], lock: str, prepared: Sequence[str], *, foreign: bool) -> None:
     """Wait for the command of Flower's SuperExec; fork the process that forks apps, and run the command."""
     line = orders.readline()
-    if not line:
+    orders.close()
+    if not line.endswith(b"\n"):  # the node has ended
         return
     order = json.loads(line)
     os.environ.clear()
@@ -185,10 +210,21 @@ def _fork_apps(reading: int, writing: int, lock: str, prepared: Sequence[str], *
     os.close(reading)
     sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
     _name("fork-apps")
+    # Workers of an app that multiprocessing spawns load the file of this module again.
+    sys.modules["__main__"] = main = ModuleType("__main__")
+    main.__file__ = companion.__file__
     if foreign:
-        for name in [name for name in sys.modules if name.partition(".")[0] in _OURS]:
-            del sys.modules[name]
+        _forget_ours()
     fork_apps(lock, *prepared)
+
+
+def _forget_ours() -> None:
+    """Undo the imports of fedpriv, and the settings of Python that they and the command have made."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in _OURS]:
+        del sys.modules[name]
+    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__.partition(".")[0] not in _OURS]
+    logging.getLogger("fedpriv").handlers.clear()
+    sys.excepthook = sys.__excepthook__
 
 
 def _name(name: str) -> None:

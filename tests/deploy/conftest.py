@@ -1,9 +1,25 @@
+import os
 import shutil
+from contextlib import nullcontext
 
 import pytest
 from deploy_names import HOST
 
+from fedpriv.deploy.operate import party
 from fedpriv.deploy.setup.provision import Deployment, init_deployment
+from fedpriv.flower.companion import PREPARED, QUIET
+
+
+@pytest.fixture(autouse=True)
+def not_forked(monkeypatch):
+    """A node or server in the process of the tests forks nothing, and leaves the environment as it was."""
+    monkeypatch.setattr(party, "forked_ahead", lambda *_, **__: nullcontext())
+    before = dict(os.environ)
+    yield
+    for name in (PREPARED, "FLWR_HOME", *QUIET):
+        os.environ.pop(name, None)
+        if name in before:
+            os.environ[name] = before[name]
 
 
 @pytest.fixture(scope="session")

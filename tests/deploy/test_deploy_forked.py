@@ -14,6 +14,8 @@ import pytest
 from loopback import wait_until
 from test_deploy_companion import alive
 
+from fedpriv.deploy.operate import logs
+from fedpriv.flower import companion
 from fedpriv.flower.companion import AHEAD, QUIET, starting_companions
 from fedpriv.flower.forked import ForkedProcess, forked_ahead
 
@@ -23,7 +25,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, proc
 
 # A node with a SuperExec and an app in place of Flower's: they say what they see, and the node says how they ended.
 NODE = """
-import atexit, fcntl, json, os, sys, threading, time, types
+import atexit, fcntl, json, logging.handlers, multiprocessing, os, sys, tempfile, threading, time, types
 from pathlib import Path
 from fedpriv.flower import companion, forked
 for name in ("torch", "scipy.special", "pydantic"):
@@ -35,6 +37,7 @@ def say(who, **facts):
     facts |= {"who": who, "pid": os.getpid(), "parent": os.getppid(), "path": sys.path, "argv": sys.argv}
     facts |= {"names": Path("/proc/self/comm").read_text().strip(), "set": os.environ.get("SET_LATER")}
     facts |= {"quiet": os.environ.get("FLWR_TELEMETRY_ENABLED"), "session": os.getsid(0)}
+    facts["finders"] = [type(finder).__module__ for finder in sys.meta_path]
     facts["ours"] = [name for name in sys.modules if name.split(".")[0] == "fedpriv"]
     os.write(1, (json.dumps(facts) + "\\n").encode())
 
@@ -49,12 +52,24 @@ def superexec():
 
 def client():
     say("app")
+    app = sys.modules["app"] = types.ModuleType("app")
+    app.kept = open(lock.with_name("kept.txt"), "w")  # closed at the end of Python
+    app.kept.write("kept")
+    app.folder = tempfile.TemporaryDirectory(dir=lock.parent, prefix="temporary-")
+    logs = logging.handlers.MemoryHandler(100, target=logging.FileHandler(lock.with_name("log.txt")))
+    logging.getLogger("app").addHandler(logs)
+    logging.getLogger("app").warning("logged")
+    worker = multiprocessing.get_context("spawn").Process(target=os.getpid)
+    worker.start()
+    worker.join()
+    say("worker", code=worker.exitcode, main=sys.modules["__main__"].__file__)
     if mode == "kill":
         time.sleep(600)
 
 programs = {"flower-superexec": superexec, "flwr-clientapp": client}
 companion.entry_of = forked.entry_of = lambda program: programs[program]
-atexit.register(say, "end of the node")
+node = os.getpid()
+atexit.register(lambda: say("end of the node") if os.getpid() == node else None)
 with forked.forked_ahead(lock, ["flwr-clientapp"], foreign=foreign):
     os.environ[companion.PREPARED] = "flwr-clientapp"
     os.environ["SET_LATER"] = "seen"
@@ -116,13 +131,24 @@ def test_a_forked_superexec_runs_as_a_started_one(tmp_path: Path) -> None:
     assert superexec["names"] == "flower-superexe"
     assert app["ours"]  # the app is fedpriv's own, and finds its modules imported
     assert said["end of superexec"]["pid"] == superexec["pid"]
-    assert said["end of the node"]["pid"] == node["pid"]
+
+
+@pytest.mark.parametrize("whose", ["own", "foreign"])
+def test_a_forked_app_ends_as_a_program_of_its_own(tmp_path: Path, whose: str) -> None:
+    """What Python does at its end is done, and processes that the app spawns do not run the node's command again."""
+    said = heard(tmp_path, whose, "run")
+    assert (tmp_path / "kept.txt").read_text() == "kept"
+    assert (tmp_path / "log.txt").read_text() == "logged\n"
+    assert not list(tmp_path.glob("temporary-*"))
+    assert said["worker"]["code"] == 0
+    assert said["worker"]["main"] == companion.__file__
 
 
 def test_another_app_does_not_meet_our_packages(tmp_path: Path) -> None:
     """An accepted app may have packages of these names."""
     said = heard(tmp_path, "foreign", "run")
     assert said["app"]["ours"] == []
+    assert not any(name.startswith("fedpriv") for name in said["app"]["finders"])
     assert said["superexec"]["ours"]
 
 
@@ -168,18 +194,46 @@ def test_ctrl_c_and_an_end_without_a_command_are_silent(tmp_path: Path) -> None:
     wait_until(lambda: not any(map(alive, forked)), 10.0, "some live on")
 
 
-def test_nothing_is_forked_from_a_process_with_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_nothing_is_forked_from_a_process_with_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
     """A thread may hold a lock that its copy would wait for."""
     monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
     over = threading.Event()
-    thread = threading.Thread(target=over.wait)
-    thread.start()
+    threads: list[threading.Thread] = []
+
+    def begin(_: str) -> None:
+        threads.append(threading.Thread(target=over.wait))
+        threads[0].start()
+
+    if when == "before":
+        begin("")
+    else:
+        monkeypatch.setattr("fedpriv.flower.forked.importlib.import_module", begin)
+    monkeypatch.setattr("fedpriv.flower.forked.entry_of", lambda _: None)
     try:
-        with forked_ahead(tmp_path / "lock", ["flwr-clientapp"], foreign=False):
+        with forked_ahead(tmp_path / "lock", ["flwr-clientapp"], ["shared"] * (when == "meanwhile"), foreign=False):
             assert not AHEAD
     finally:
         over.set()
-        thread.join()
+        threads[0].join()
+
+
+def test_a_system_without_room_for_a_process_is_told_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what Flower starts, if there is none then either."""
+
+    def full() -> int:
+        raise BlockingIOError
+
+    monkeypatch.setattr(os, "fork", full)
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+    monkeypatch.setattr("fedpriv.flower.forked.entry_of", lambda _: None)
+    descriptors = Path("/proc/self/fd")
+    before = sorted(path.name for path in descriptors.iterdir())
+    with forked_ahead(tmp_path / "lock", ["flwr-clientapp"], foreign=False):
+        assert not AHEAD
+    assert sorted(path.name for path in descriptors.iterdir()) == before
 
 
 def test_a_program_that_was_forked_is_started_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,3 +270,24 @@ def test_a_forked_process_is_waited_for_and_ended_like_any_other() -> None:
     assert process.wait(timeout=1.0) == process.returncode == -signal.SIGTERM
     process.kill()  # its number may be another process's by now
     child.returncode = process.returncode  # it was waited for here
+
+
+def test_the_code_of_a_process_that_the_system_reaped_is_lost_and_nothing_else() -> None:
+    """A shell may have told the system to, for all programs that it starts."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    process = ForkedProcess(child.pid)
+    assert process.wait() == process.poll() == 0
+    process.terminate()
+
+
+def test_a_fork_does_not_wait_for_the_writer_of_the_nodes_log() -> None:
+    writer = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        began = time.monotonic()
+        logs._drain(writer, os.getpid() + 1)
+        assert time.monotonic() - began < 1.0
+        print("the output is still open")
+    finally:
+        writer.kill()
+        writer.wait()

@@ -43,11 +43,13 @@ def log_as(log_format: str, source: str, name: str) -> None:
     for descriptor in (1, 2):
         os.dup2(writing, descriptor)
     os.close(writing)
-    atexit.register(_drain, writer)
+    atexit.register(_drain, writer, os.getpid())
 
 
-def _drain(writer: "subprocess.Popen[bytes]") -> None:
+def _drain(writer: "subprocess.Popen[bytes]", pid: int) -> None:
     """Close this process's output and wait until it is written; other processes may still hold the pipe."""
+    if os.getpid() != pid:  # a fork
+        return
     with suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()

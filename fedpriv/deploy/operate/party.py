@@ -86,4 +86,5 @@ def _prepared(
     if foreign:
         del programs[1:]
     os.environ[PREPARED] = " ".join(programs)
+    os.environ["FLWR_HOME"] = str(folder / "flower")  # Flower reads it at import
     return forked_ahead(folder / "flower" / LOCK, programs, [f"fedpriv.flower.internals.{shared}"], foreign=foreign)
