@@ -135,7 +135,7 @@ def test_a_forked_superexec_runs_as_a_started_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("whose", ["own", "foreign"])
 def test_a_forked_app_ends_as_a_program_of_its_own(tmp_path: Path, whose: str) -> None:
-    """What Python does at its end is done, and processes that the app spawns do not run the node's command again."""
+    """Files are closed at the end, and processes that the app spawns do not run the node's command again."""
     said = heard(tmp_path, whose, "run")
     assert (tmp_path / "kept.txt").read_text() == "kept"
     assert (tmp_path / "log.txt").read_text() == "logged\n"
@@ -158,7 +158,7 @@ def tree(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize("mode", ["wait", "kill"])
-def test_a_killed_node_takes_what_it_forked_along(tmp_path: Path, mode: str) -> None:
+def test_a_killed_node_takes_its_forks_along(tmp_path: Path, mode: str) -> None:
     """Also those which still wait for a command, and do not watch the lock yet."""
     node = started(tmp_path, "own", mode)
     assert node.stdout is not None
@@ -220,8 +220,8 @@ def test_nothing_is_forked_from_a_process_with_threads(
         threads[0].join()
 
 
-def test_a_system_without_room_for_a_process_is_told_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what Flower starts, if there is none then either."""
+def test_a_system_without_room_for_a_process_is_left_to_flower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The programs that Flower starts fail then, and say so."""
 
     def full() -> int:
         raise BlockingIOError
