@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, processes are not forked")
 
-# A node with a SuperExec and an app in place of Flower's: they say what they see, and the node says how they ended.
+# A node with a SuperExec and an app in place of Flower's: they print their state, and the node prints their codes.
 NODE = """
 import atexit, fcntl, json, logging.handlers, multiprocessing, os, sys, tempfile, threading, time, types
 from pathlib import Path
@@ -273,7 +273,7 @@ def test_a_forked_process_is_waited_for_and_ended_like_any_other() -> None:
 
 
 def test_the_code_of_a_process_that_the_system_reaped_is_lost_and_nothing_else() -> None:
-    """A shell may have told the system to, for all programs that it starts."""
+    """A shell may have asked for this, for all programs that it starts."""
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     process = ForkedProcess(child.pid)
