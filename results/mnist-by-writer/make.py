@@ -310,6 +310,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         Line2D([], [], color="#666666", marker=mark, linestyle="", markerfacecolor="white", label=label)
         for mark, label in marks.items()
     ]
+    handles.append(Line2D([], [], color="#666666", linestyle=":", linewidth=1, label="chance"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(
         "MNIST, 539 writers as clients, client-level privacy at delta = 1e-5: mean and standard deviation of 3 seeds\n"
@@ -330,7 +331,7 @@ def _draw_panel(axes: Axes, part: pd.DataFrame, title: str) -> None:
         fill = "white" if mark == "o" else colour
         axes.errorbar(at, rows["accuracy"], yerr=rows["spread"], fmt=mark, color=colour, mfc=fill, markersize=5)
     if axes.get_ylim()[0] < 2 * CHANCE:
-        axes.axhline(CHANCE, color="#666666", linestyle=":", linewidth=1, label="chance")
+        axes.axhline(CHANCE, color="#666666", linestyle=":", linewidth=1)
     for place in range(1, len(settings)):
         axes.axvline(place - 0.5, color="#dddddd", linewidth=0.8, zorder=0)
     axes.set(title=title)
