@@ -2377,8 +2377,8 @@ MUTANTS = [
     Mutant(
         "deployment: Flower's processes are forked from a process with threads",
         "fedpriv/flower/forked.py",
-        " or threading.active_count() > 1:",
-        ":",
+        "    if threading.active_count() > 1:",
+        "    if False:",
         "tests/deploy/test_deploy_forked.py",
     ),
     Mutant(
