@@ -75,7 +75,8 @@ def run(
         bool | None, typer.Option("--channels-last", help="Store channels last: faster convolutions on CPUs.")
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="float32, or bfloat16 for faster but coarser gradients.", show_default="float32")
+        str | None,
+        typer.Option(help="float32, or bfloat16: coarser, and faster on some processors.", show_default="float32"),
     ] = None,
     deploy: Deploy = None,
     wait: Annotated[

@@ -1,9 +1,11 @@
 """Run an experiment in process: the loop over rounds, checkpoints and resumption."""
 
+import logging
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fedpriv.engines import Engine
@@ -19,6 +21,8 @@ from fedpriv.rounds import begin_round, finish_round, skip_round
 from fedpriv.tables import Record
 
 __all__ = ["run_experiment"]
+
+_log = logging.getLogger("fedpriv")
 
 
 def run_experiment(
@@ -56,6 +60,8 @@ def run_experiment(
     )
     channels_last, precision = bool(execution.channels_last), execution.precision or "float32"
     experiment = assemble(config, device=device, data_root=data_root, channels_last=channels_last, precision=precision)
+    if precision == "bfloat16" and torch.device(device).type == "cpu" and not _multiplies_bfloat16():
+        _log.warning("--precision bfloat16: this processor has no instructions for it; float32 is faster")
     with directory.locked():
         done = directory.claim(config.to_toml(), config.digest, resume=resume)
         if done is not None:
@@ -66,6 +72,11 @@ def run_experiment(
             often = {"watch": watch, "checkpoint_every": checkpoint_every}
             recorder = Recorder(experiment, directory, record, forward=runner.forward, **often)
             return _run(experiment, runner, recorder, directory)
+
+
+def _multiplies_bfloat16() -> bool:
+    """Return True if PyTorch multiplies bfloat16 on this processor without converting it."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _run(experiment: Experiment, engine: Engine, recorder: Recorder, directory: RunDirectory) -> Record:
