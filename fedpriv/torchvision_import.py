@@ -14,7 +14,7 @@ from importlib.abc import Loader, MetaPathFinder
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch.library import Library
+    from torch import library
 
 __all__ = ["install"]
 
@@ -58,11 +58,11 @@ def _run(loader: Loader, module: types.ModuleType) -> None:
 
 
 @functools.cache
-def _declare_operators() -> "Library":
-    """Declare the operators. The cache keeps the library object alive, and with it the declarations."""
-    from torch.library import Library
+def _declare_operators() -> "library.Library":
+    """Declare the operators. The cache keeps the returned object alive, and with it the declarations."""
+    from torch import library
 
-    library = Library("torchvision", "DEF")
+    declared = library.Library("torchvision", "DEF")
     for operator in OPERATORS:
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
+        declared.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return declared
