@@ -17,6 +17,7 @@ __all__ = [
     "is_real",
     "is_whole",
     "one_of",
+    "plain_numbers",
     "positive_int",
     "positive_real",
     "real_from",
@@ -42,6 +43,17 @@ def is_real(value: object, low: float = -math.inf, high: float = math.inf) -> bo
     """Return True for a finite number (Python or numpy, not bool) from `low` to `high`."""
     real = isinstance(value, Real) and not isinstance(value, bool)
     return real and -math.inf < value < math.inf and low <= value <= high  # type: ignore[operator]
+
+
+def plain_numbers(record: object, *names: str) -> None:
+    """Replace numpy's numbers in fields of a frozen dataclass by Python's, of equal value.
+
+    Arithmetic of a float16 or float32 with Python's numbers stays as coarse, and so would an epsilon.
+    """
+    for name in names:
+        value = getattr(record, name)
+        if isinstance(value, Real) and not isinstance(value, bool):
+            object.__setattr__(record, name, int(value) if isinstance(value, Integral) else float(value))
 
 
 def one_of(where: str, value: str, known: Sequence[WordT]) -> WordT:

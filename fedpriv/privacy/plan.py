@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedpriv.checks import is_real, is_whole
+from fedpriv.checks import is_real, is_whole, plain_numbers
 from fedpriv.errors import UserError
 from fedpriv.mechanisms.gaussian import release_grid
 from fedpriv.mechanisms.noise import Gaussian
@@ -94,6 +94,7 @@ class PrivacyPlan:
     filtered: bool = False
 
     def __post_init__(self) -> None:
+        plain_numbers(self, "rounds", "delta", "l2_bound", "noise_multiplier")
         _check_names(self.trust, self.adjacency, self.unit)
         self._check_aggregation()
         self._check_turns()

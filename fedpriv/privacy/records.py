@@ -50,7 +50,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from scipy.special import bdtrc
 
 from fedpriv.bounding import Clip, SmoothedNormalization
-from fedpriv.checks import is_real, is_whole
+from fedpriv.checks import is_real, is_whole, plain_numbers
 from fedpriv.errors import UserError
 from fedpriv.privacy.accounting import (
     GAUSSIAN,
@@ -115,6 +115,7 @@ class ExampleTerms:
     steps: int = 0
 
     def __post_init__(self) -> None:
+        plain_numbers(self, "clip", "normalization", "examples", "rate", "steps")
         if (self.clip is None) == (self.normalization is None):
             got = "a table without them" if self.clip is None else "both"
             remedy = "Set example_clip, the longest gradient of one example, such as 1.0"
@@ -206,6 +207,7 @@ class RecordBound:
     restart_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self, *(part.name for part in fields(self)))
         if self.route == "memory" and self.terms.rate < 1.0:
             remedy = 'Set local.work = "full-gradient", which needs less noise for the same promise'
             expected = "full gradients with a noiseless memory: it remembers a record long after its batch"

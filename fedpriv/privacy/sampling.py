@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from fedpriv.checks import is_real, is_whole
+from fedpriv.checks import is_real, is_whole, plain_numbers
 from fedpriv.errors import UserError
 from fedpriv.plugins import Registry
 from fedpriv.privacy.trust import Trust
@@ -320,6 +320,7 @@ class Poisson(_Drawn):
     by_coins: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        plain_numbers(self, "population", "probability")
         _check_population(self.population)
         _check_probability(self.probability)
 
@@ -430,6 +431,7 @@ class FixedSize(_Drawn):
     stead: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self, "population", "size")
         _check_population(self.population)
         _check_size(self.size, self.population)
 
@@ -683,6 +685,7 @@ class Separated(_Drawn):
     most: ClassVar[str] = "Epsilon is that of a client that takes part in every turn of its group."
 
     def __post_init__(self) -> None:
+        plain_numbers(self, "population", "min_separation", "probability")
         _check_population(self.population)
         if not is_whole(self.min_separation, 1, MAX_SEPARATION):
             expected = f"a whole number of rounds from 1 to {MAX_SEPARATION:,}"

@@ -3,8 +3,10 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,6 +37,20 @@ SAMPLINGS: dict[str, Sampling] = {
 }
 COMBINATIONS = list(itertools.product(("central", "local"), ("add-or-remove", "replace"), SAMPLINGS))
 every_combination = pytest.mark.parametrize(("trust", "adjacency", "name"), COMBINATIONS)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_coarse_numbers_of_numpy_do_not_make_epsilon_coarse(kind: type[np.floating], sampled: bool) -> None:
+    q, noise, delta = kind(0.01), kind(0.7), kind(1e-4)
+    found = []
+    for number in (kind, float):  # coarse ones first: `_losses` keeps results by value
+        sampling = Poisson(1000, number(q)) if sampled else Everyone(1000)
+        made = plan(trust="central", adjacency="add-or-remove", sampling=sampling, rounds=100, delta=number(delta))
+        found.append(replace(made, noise_multiplier=number(noise), l2_bound=number(kind(0.3))))
+    assert found[0] == found[1]
+    assert found[0].epsilon == found[1].epsilon
+    assert all(type(value) is float for value in (found[0].epsilon, found[0].noise_stddev, found[0].delta))
 
 
 def plan(**change: Any) -> PrivacyPlan:
