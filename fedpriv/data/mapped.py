@@ -66,7 +66,8 @@ class MappedInputs:
         """Read rows: `at` is a slice, or an array or tensor of row numbers or a mask."""
         index = at.cpu().numpy() if isinstance(at, Tensor) else at
         rows = index if self._rows is None else self._rows[index]
-        values = np.array(self._array[rows], dtype=np.float32)
+        with np.errstate(over="ignore"):  # values that overflow become infinite, and are refused below
+            values = np.array(self._array[rows], dtype=np.float32)
         if not np.isfinite(values).all():
             raise UserError(
                 str(self._array.filename),
@@ -125,7 +126,7 @@ def _opened(place: tuple[Any, ...], *options: Any) -> MappedInputs:
 
 def mapped(array: object) -> MappedInputs | None:
     """Return the inputs of an array that is the whole of a memory-mapped file, or mapped inputs; otherwise None."""
-    if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) and array.filename is not None:
+    if isinstance(array, np.memmap) and array.ndim and isinstance(array.base, mmap.mmap) and array.filename is not None:
         return MappedInputs(array)
     return array if isinstance(array, MappedInputs) else None
 

@@ -144,6 +144,9 @@ def labelled_arrays(found: Mapping[str, object], name: str) -> tuple[np.ndarray,
             got = f"only {', '.join(map(str, found))}" if found else "an empty mapping"
             raise UserError(f"dataset {name}", f"an array {key!r}", got, f"Add {key}")
     inputs, labels = _numbers(name, found, "inputs"), _labels(name, found, "labels")
+    if len(inputs.shape) == 1:
+        remedy = "Give each example a row, with inputs.reshape(-1, 1) for single numbers"
+        raise UserError(f"dataset {name}", "inputs [examples, *shape]", f"shape ({len(inputs)},)", remedy)
     _same_length(name, "labels", labels, len(inputs))
     return inputs, labels, _classes(name, found.get("classes"), labels)
 

@@ -221,10 +221,24 @@ def _of_clients(clients: object, columns: Columns) -> dict[str, object]:
     return made | {"clients": np.arange(len(clients))} | ({} if classes is None else {"classes": classes})
 
 
+def _values(part: object, where: str) -> np.ndarray:
+    """Return inputs or labels of one client, a row for each example."""
+    try:
+        found = torch.as_tensor(part).detach().cpu().numpy()
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0].removesuffix(".")
+        raise UserError(where, "numbers in dense arrays", got, "Convert them, to float32 for instance") from None
+    if found.ndim == 0:
+        raise UserError(
+            where, "an array with one row for each example", "a single number", "Give rows, such as [[0.5]]"
+        )
+    return found
+
+
 def _pair(client: Any, where: str) -> list[np.ndarray]:
     """Return the inputs and labels of one client."""
     if isinstance(client, tuple | list) and len(client) == 2:
-        return [np.asarray(torch.as_tensor(part)) for part in client]
+        return [_values(part, where) for part in client]
     if not (hasattr(client, "__len__") and hasattr(client, "__getitem__")):
         remedy = "Give a pair of arrays, or a torch Dataset with a length"
         raise UserError(where, "inputs and labels", f"a {type(client).__name__}", remedy)

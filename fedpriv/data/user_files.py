@@ -470,7 +470,7 @@ class Npy:
             if not isinstance(array, np.memmap):
                 array.close()
                 raise UserError(f"data.{key}", "a file of numpy.save", f"{path}, one of numpy.savez", "Use numpy.save")
-            if key.endswith("inputs") and array.dtype.kind in "biuf":
+            if key.endswith("inputs") and array.ndim and array.dtype.kind in "biuf":
                 _require_scale_of_bytes(key, array, self.scale)
                 found[key] = MappedInputs(array, self.scale, _channels(array.shape, self.mean, self.std))
             else:

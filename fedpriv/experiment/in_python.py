@@ -11,7 +11,7 @@ from typing import ClassVar, cast
 import torch
 from torch import nn
 
-from fedpriv.checks import is_whole
+from fedpriv.checks import folder_name, is_whole, whole_from
 from fedpriv.data.augment import Augmentation
 from fedpriv.data.dataset import Dataset, DatasetSource
 from fedpriv.data.labels import labels_as
@@ -186,8 +186,10 @@ class Experiment:
         """Raise UserError for an argument of another kind, such as a class or a name in place of an object."""
         if not is_whole(self.seed):
             raise UserError("seed", "a whole number", repr(self.seed), "Give seed a number")
+        whole_from("seed", self.seed, 0, "Give a seed such as 7")
         if not isinstance(self.name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise UserError("name", "a text", repr(self.name), "Give name a text")
+        folder_name("name", self.name)
         for name, member, example in (
             ("method", "client_rule", "fedpriv.methods.DPFedAvg()"),
             ("local", "batches", "fedpriv.tasks.local_work.LocalSteps(steps=5, client_lr=0.1)"),

@@ -104,5 +104,9 @@ def _describe(hint: object) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_describe(a) for a in arguments if a is not type(None))
     if origin in (tuple, list):
+        if origin is tuple and arguments[-1] is not Ellipsis:
+            return f"a list of {len(arguments)}, each {_describe(arguments[0])}"
         return f"a list, each {_describe(arguments[0])}"
+    if origin is dict:
+        return f"a table, each value {_describe(arguments[1])}"
     return str(hint)

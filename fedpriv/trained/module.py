@@ -106,6 +106,8 @@ def load_trained(path: Path | str, *, module: nn.Module | None = None, data_root
     facts = _facts(folder, tables, data_root)
     if module is None:
         made = _built(tables, table, facts)
+    elif not isinstance(module, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UserError("module", "a torch module", repr(module)[:60], "Give the module of this run")
     else:
         made = copy.deepcopy(module).cpu()
         _refuse_other_frozen(made, _recorded(tables))

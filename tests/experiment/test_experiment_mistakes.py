@@ -43,6 +43,8 @@ def lazy(input_shape: tuple[int, ...], classes: int):
 
 FRAME = pd.DataFrame({"age": [0.3, 0.6] * 6, "ill": [0, 1] * 6, "hospital": ["a", "a", "b"] * 4})
 
+BARE: dict[str, Any] = {"client": None, "label": None}
+
 
 def line_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """Return the error of a command, which is a line beginning with fedpriv: after any frames of the user's code."""
@@ -116,6 +118,21 @@ def test_a_reference_without_a_name_or_a_file_says_which(
         ({"model": nn.Linear}, "model: expected a torch module, got the class Linear"),
         ({"data": [], "client": None, "label": None}, "data: expected a list of clients, .* got an empty one"),
         ({"data": FRAME.iloc[:0]}, "expected inputs with at least one row"),
+        ({"seed": -1}, "seed: expected a whole number of at least 0, got -1"),
+        ({"name": "a/b"}, "name: expected a short name that can be a folder's, got 'a/b'"),
+        (
+            {"data": [(torch.tensor(1.0), torch.tensor(1))], **BARE},
+            "data of client 0: expected an array with one row for each",
+        ),
+        (
+            {"data": [(["a", "b"], [0, 1])], **BARE},
+            "data of client 0: expected numbers in dense arrays, got too many dimensions",
+        ),
+        (
+            {"data": [(torch.eye(2).to_sparse(), [0, 1])], **BARE},
+            "data of client 0: expected numbers in dense arrays, got can't",
+        ),
+        ({"data": [([0.1, 0.2], [0, 1])], **BARE}, r"expected inputs \[examples, \*shape\], got shape \(2,\)"),
         ({"data": {"train": FRAME, "tst": FRAME}}, "data: expected parts 'train' and 'test', got 'tst'"),
     ],
 )
@@ -138,6 +155,39 @@ def test_arguments_of_a_wrong_kind_are_one_line(changes: dict[str, Any], wanted:
 def test_numbers_given_as_texts_are_shown_as_texts(made: Callable[[], object], wanted: str) -> None:
     with pytest.raises(UserError, match=wanted):
         made()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "wanted"),
+    [
+        (np.ones(20, np.float32), "dataset x.npy: expected inputs [examples, *shape], got shape (20,)."),
+        (np.float32(3.0), "dataset x.npy: expected inputs with at least one row, got shape ()."),
+        (np.full((20, 2), 1e300), "x.npy: expected finite numbers, got NaN or infinity in row "),
+    ],
+)
+def test_arrays_of_a_wrong_shape_or_size_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], inputs: np.ndarray, wanted: str
+) -> None:
+    np.save(tmp_path / "x.npy", inputs)
+    np.save(tmp_path / "y.npy", np.arange(20) % 2)
+    data = 'name = "npy"\ninputs = "x.npy"\nlabels = "y.npy"\npartition = "iid"\nclients = 2\n'
+    tables = BASE.split("[data]")[0] + f"[data]\n{data}\n[model]" + BASE.split("[model]")[1]
+    assert wanted in line_of(capsys, "check", config_in(tmp_path, tables), "--data-root", tmp_path)
+
+
+def test_inputs_that_need_gradients_are_accepted() -> None:
+    clients = [(torch.rand(3, 1, requires_grad=True), torch.tensor([0, 1, 1]))] * 2
+    assert len(experiment(data=clients, client=None, label=None).config.data.dataset.load(None).train_inputs) > 0
+
+
+def test_tables_of_numbers_are_described_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for key, wanted in (
+        ("fill = {sex = 'f'}", "data.fill: expected a table, each value a number, got"),
+        ("numeric = {age = 3}", "data.numeric: expected a table, each value a list of 2, each a number, got"),
+    ):
+        data = f'[data]\nname = "csv"\nfile = "x.csv"\ntarget = "y"\n{key}\n[model]'
+        tables = BASE.split("[data]")[0] + data + BASE.split("[model]")[1]
+        assert wanted in line_of(capsys, "check", config_in(tmp_path, tables))
 
 
 def test_a_list_of_clients_may_come_with_public_test_examples() -> None:
