@@ -8,13 +8,20 @@ STAMP := $(VENV)/.ready
 DEMO := sim_configs/quickstart.toml
 FAST := tests/core tests/aggregation tests/mechanisms tests/methods tests/secure tests/tasks tests/data
 
+# Bytecode is kept: without it, every process that a test starts would compile PyTorch anew, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test check test-all lint style unit docs bench mutants setup browser clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
 	$(BIN)/fedpriv run $(DEMO) --out runs/quickstart-$(firstword $(shell cksum < $(DEMO))) --resume
 
-test: lint unit
+# Types are checked beside the first tests, on the core that a checker of types alone would leave idle.
+test: style
+	@said=$$(mktemp); $(BIN)/pyright >$$said 2>&1 & types=$$!; trap 'kill $$types' INT TERM; \
+	$(MAKE) --no-print-directory unit; tests=$$?; \
+	wait $$types; types=$$?; cat $$said; rm $$said; exit $$((tests || types))
 
 check: style
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not slow" $(FAST)
@@ -45,7 +52,8 @@ bench: setup
 mutants: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py --jobs 2
 
-setup: $(STAMP) browser
+setup:
+	@$(MAKE) --no-print-directory -j2 $(STAMP) browser
 
 browser:
 	@tests/browser.sh

@@ -20,6 +20,8 @@ from support.wheels import PARTS, build_wheel
 from fedpriv.errors import EXTRAS
 from fedpriv.version import __version__
 
+pytestmark = pytest.mark.xdist_group("wheel")  # it is built once
+
 ROOT = Path(__file__).parents[2]
 # Packages that may not come with an extra that does not name them.
 HEAVY = {"torchvision", "scikit-learn", "matplotlib", "flwr", "ray", "tensorboard", "mlflow-skinny", "wandb", "peft"}
