@@ -17,9 +17,11 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(STAMP)
 	$(BIN)/fedpriv run $(DEMO) --out runs/quickstart-$(firstword $(shell cksum < $(DEMO))) --resume
 
-# Types are checked beside the first tests, on the core that a checker of types alone would leave idle.
+# Types are checked beside the tests, on the core that a checker of types alone would leave idle. In a new checkout, one
+# process first compiles the tests and their imports, which all three of them would do otherwise.
 test: style
 	@said=$$(mktemp); $(BIN)/pyright >$$said 2>&1 & types=$$!; trap 'kill $$types' INT TERM; \
+	[ -d tests/__pycache__ ] || $(BIN)/pytest --collect-only -q >/dev/null 2>&1; \
 	$(MAKE) --no-print-directory unit; tests=$$?; \
 	wait $$types; types=$$?; cat $$said; rm $$said; exit $$((tests || types))
 
