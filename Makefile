@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 DEMO := sim_configs/quickstart.toml
+# Three for two cores: tests of real processes wait most of their time.
+UNIT := OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadgroup -m "not slow"
 FAST := tests/core tests/aggregation tests/mechanisms tests/methods tests/secure tests/tasks tests/data
 
 # Bytecode is kept: without it, every process that a test starts would compile PyTorch anew, for seconds.
@@ -22,7 +24,7 @@ demo: $(STAMP)
 test: style
 	@said=$$(mktemp); $(BIN)/pyright >$$said 2>&1 & types=$$!; trap 'kill $$types' INT TERM; \
 	[ -d tests/__pycache__ ] || $(BIN)/pytest --collect-only -q >/dev/null 2>&1; \
-	$(MAKE) --no-print-directory unit; tests=$$?; \
+	$(UNIT); tests=$$?; \
 	wait $$types; types=$$?; cat $$said; rm $$said; exit $$((tests || types))
 
 check: style
@@ -40,9 +42,8 @@ style: setup
 lint: style
 	$(BIN)/pyright
 
-# Three for two cores: tests of real processes wait most of their time.
 unit: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadgroup -m "not slow"
+	$(UNIT)
 
 # Warnings are errors; tests/docs does the same and looks at the result.
 docs: $(STAMP)
