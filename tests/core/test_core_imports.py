@@ -1,4 +1,4 @@
-"""What is not imported before somebody asks for it: all in one new process, since PyTorch's import takes seconds."""
+"""Modules that are imported late, checked in one new process, since the import of PyTorch takes seconds."""
 
 import json
 import subprocess
