@@ -1,6 +1,7 @@
-/* Maximum pooling of 2 x 2 windows and its derivative, float32, with the results of torch to the bit.
+/* Maximum pooling of 2 x 2 windows with ReLU, and its derivative, float32, with the results of torch to the bit.
  *
- * As in torch, a window's first maximum counts, or its last NaN. The last row or column of an odd side is in no window.
+ * As in torch, a window's first maximum counts, or its last NaN, and ReLU keeps NaN and the sign of zero. The last row
+ * or column of an odd side is in no window.
  * Images have channels outermost, [planes, height, width], or innermost, [images, height, width, channels].
  */
 #include <stddef.h>
@@ -8,6 +9,7 @@
 #include <string.h>
 
 #define LANES 8
+#define NOWHERE 4 /* ReLU took the window's maximum away */
 #define INLINE static inline __attribute__((always_inline))
 
 /* Windows at `count` places; the left and right columns of a window are `right` floats apart, and windows `step`. A loop
@@ -22,8 +24,9 @@ INLINE void pool_windows(const float *restrict upper, const float *restrict lowe
         const int32_t third = (c > two) | (c != c);
         const float three = third ? c : two;
         const int32_t fourth = (d > three) | (d != d);
-        values[i] = fourth ? d : three;
-        places[i] = fourth ? 3 : third ? 2 : second;
+        const float most = fourth ? d : three;
+        values[i] = most < 0.0f ? 0.0f : most;
+        places[i] = most <= 0.0f ? NOWHERE : fourth ? 3 : third ? 2 : second;
     }
 }
 
@@ -47,7 +50,7 @@ INLINE void spread_windows(const float *slopes, const int32_t *places, size_t ri
     }
 }
 
-/* values, places: [planes, height / 2, width / 2], of inputs [planes, height, width]; a place is 0 to 3 in a window. */
+/* values, places: [planes, height / 2, width / 2], of inputs [planes, height, width]; a place is 0 to 3 in a window, or NOWHERE. */
 void pool(const float *inputs, size_t planes, size_t height, size_t width, float *values, int32_t *places) {
     const size_t rows = height / 2, columns = width / 2;
     for (size_t p = 0; p < planes; p++)
