@@ -111,7 +111,8 @@ def agrees(in_c: PoolingInC) -> bool:
         slopes *= torch.rand(expected.shape, generator=generator) < 0.9
         values, places = in_c.pool(inputs)
         found = in_c.spread(slopes, places, inputs.shape, layout)
-        wanted = torch.autograd.grad(expected, leaf, slopes)[0]
+        # Slopes as an argument would import PyTorch's compiler, for seconds.
+        wanted = torch.autograd.grad((expected * slopes).sum(), leaf)[0]
         if not all(map(_same, (values, found), (expected.detach(), wanted))):
             return False
     return True
