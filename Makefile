@@ -6,7 +6,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 DEMO := sim_configs/quickstart.toml
+# Three for two cores: tests of real processes wait most of their time.
+UNIT := OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadgroup -m "not slow"
 FAST := tests/core tests/aggregation tests/mechanisms tests/methods tests/secure tests/tasks tests/data
+
+# Bytecode is kept: without it, every process that a test starts would compile PyTorch anew, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check test-all lint style unit docs bench mutants setup browser clean
 .DEFAULT_GOAL := demo
@@ -14,7 +19,13 @@ FAST := tests/core tests/aggregation tests/mechanisms tests/methods tests/secure
 demo: $(STAMP)
 	$(BIN)/fedpriv run $(DEMO) --out runs/quickstart-$(firstword $(shell cksum < $(DEMO))) --resume
 
-test: lint unit
+# Types are checked beside the tests, on the core that a checker of types alone would leave idle. In a new checkout, one
+# process first compiles the tests and their imports, which all three of them would do otherwise.
+test: style
+	@said=$$(mktemp); $(BIN)/pyright >$$said 2>&1 & types=$$!; trap 'kill $$types' INT TERM; \
+	[ -d tests/__pycache__ ] || $(BIN)/pytest --collect-only -q >/dev/null 2>&1; \
+	$(UNIT); tests=$$?; \
+	wait $$types; types=$$?; cat $$said; rm $$said; exit $$((tests || types))
 
 check: style
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not slow" $(FAST)
@@ -31,9 +42,8 @@ style: setup
 lint: style
 	$(BIN)/pyright
 
-# Three for two cores: tests of real processes wait most of their time.
 unit: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadgroup -m "not slow"
+	$(UNIT)
 
 # Warnings are errors; tests/docs does the same and looks at the result.
 docs: $(STAMP)
@@ -45,7 +55,8 @@ bench: setup
 mutants: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py --jobs 2
 
-setup: $(STAMP) browser
+setup:
+	@$(MAKE) --no-print-directory -j2 $(STAMP) browser
 
 browser:
 	@tests/browser.sh

@@ -5,6 +5,7 @@ and the privacy statement covers nothing else.
 """
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
@@ -17,7 +18,7 @@ from fedpriv.checks import positive_int
 from fedpriv.errors import UserError
 from fedpriv.plugins import Registry
 from fedpriv.tasks.equivariant import ORIENTATIONS, GroupConv, LiftingConv, OrientedNorm, pooled
-from fedpriv.tasks.pooling import MaxPool
+from fedpriv.tasks.pooling import MaxPoolReLU
 
 __all__ = ["MODELS", "C4Cnn", "Cnn", "Mlp", "ModelSource", "ResNet20", "Softmax"]
 
@@ -227,18 +228,17 @@ def _dense_layers(inputs: int, hidden: tuple[int, ...], classes: int) -> nn.Modu
 
 
 def _lenet(channels: int, pixels: int, width: int, classes: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(channels, width, 5, padding=2),
-        MaxPool(),  # before ReLU: the same numbers and gradients, from a quarter of the elements
-        nn.ReLU(),
-        nn.Conv2d(width, 2 * width, 5, padding=2),
-        MaxPool(),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(2 * width * pixels, 7 * width),
-        nn.ReLU(),
-        nn.Linear(7 * width, classes),
-    )
+    layers = {
+        0: nn.Conv2d(channels, width, 5, padding=2),
+        1: MaxPoolReLU(),  # pooling first: the same numbers and gradients as after ReLU, from a quarter of the elements
+        3: nn.Conv2d(width, 2 * width, 5, padding=2),
+        4: MaxPoolReLU(),
+        6: nn.Flatten(),
+        7: nn.Linear(2 * width * pixels, 7 * width),
+        8: nn.ReLU(),
+        9: nn.Linear(7 * width, classes),
+    }
+    return nn.Sequential(OrderedDict((str(name), layer) for name, layer in layers.items()))
 
 
 def _resnet20(channels: int, classes: int) -> nn.Module:

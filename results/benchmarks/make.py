@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from page import fill, table
 from workloads import WORKLOADS, Workload, median
 
@@ -71,7 +72,11 @@ def ours(
     """Return one of the engines of fedpriv, with options."""
     command = (sys.executable, str(HERE / "ours.py"), "--engine", engine, "--options", json.dumps(options))
     same_step = options.get("precision", "float32") == "float32"
-    return Contender(name=name, command=command, workers=workers, workloads=workloads, same_step=same_step)
+    slow = not same_step and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    reason = "this processor does not multiply bfloat16" if slow else ""
+    return Contender(
+        name=name, command=command, workers=workers, workloads=workloads, reason=reason, same_step=same_step
+    )
 
 
 def rival(name: str, workers: Sequence[int], workloads: tuple[str, ...] = CENTRAL) -> Contender:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpriv.tasks.models import Cnn, Mlp, ModelSource, Softmax
+from fedpriv.tasks.pooling import MaxPoolReLU
 
 CLASSES = 10
 CLIP_NORM = 0.1
@@ -92,11 +93,10 @@ class Workload:
     def module(self, *, ours: bool = False) -> nn.Module:
         """Return the model at its start; with torch's own layers, unless it is `ours`."""
         made = self.source.build(self.input_shape, CLASSES, 0)
-        if not ours and isinstance(made, nn.Sequential):
-            for i, layer in enumerate(made):
-                if isinstance(layer, nn.MaxPool2d):
-                    made[i] = nn.MaxPool2d(layer.kernel_size)
-        return made
+        if ours or not isinstance(made, nn.Sequential):
+            return made
+        usual = ([nn.MaxPool2d(2), nn.ReLU()] if isinstance(layer, MaxPoolReLU) else [layer] for layer in made)
+        return nn.Sequential(*itertools.chain.from_iterable(usual))
 
     def data(self, seed: int) -> tuple[Tensor, Tensor]:
         """Return synthetic inputs `[clients, examples, *input_shape]` and labels `[clients, examples]`."""

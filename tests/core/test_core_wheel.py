@@ -10,6 +10,7 @@ import tomllib
 import venv
 import zipfile
 from email.parser import HeaderParser
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution, requires, version
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from support.wheels import PARTS, build_wheel
 
 from fedpriv.errors import EXTRAS
 from fedpriv.version import __version__
+
+pytestmark = pytest.mark.xdist_group("wheel")  # it is built once
 
 ROOT = Path(__file__).parents[2]
 # Packages that may not come with an extra that does not name them.
@@ -50,28 +53,30 @@ def requirements(wheel: Path) -> list[Requirement]:
 
 def asked_for(requirements: list[Requirement], extra: str) -> list[Requirement]:
     """Return the requirements of an extra, including indirect ones, as far as they are installed here."""
-    found, left = [], [(Requirement(str(r)), extra) for r in requirements]
+    found, left = [], within(requirements, extra)
     seen = set()
     while left:
-        requirement, within = left.pop()
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": within}):
-            continue
+        requirement = left.pop()
         found.append(requirement)
         for inner in ("", *sorted(requirement.extras)):
             if (requirement.name.lower(), inner) not in seen:
                 seen.add((requirement.name.lower(), inner))
-                left += [(Requirement(line), inner) for line in lines_of(requirement.name, requirements)]
+                own = requirement.name == "fedpriv"
+                left += within(requirements, inner) if own else requirements_of(requirement.name, inner)
     return found
 
 
-def lines_of(package: str, ours: list[Requirement]) -> list[str]:
+@cache
+def requirements_of(package: str, extra: str) -> list[Requirement]:
     """Return a package's requirements; none if it is not installed here."""
-    if package == "fedpriv":
-        return [str(requirement) for requirement in ours]
     try:
-        return requires(package) or []
+        return within([Requirement(line) for line in requires(package) or []], extra)
     except PackageNotFoundError:
         return []
+
+
+def within(requirements: list[Requirement], extra: str) -> list[Requirement]:
+    return [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": extra})]
 
 
 def test_it_holds_packages_types_c_page_templates_and_the_shipped_experiments(wheel: Path) -> None:

@@ -1,6 +1,7 @@
 """Partitioners of flwr-datasets."""
 
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,10 @@ from fedpriv.data.partitions import PARTITIONS
 from fedpriv.errors import UserError
 from fedpriv.experiment.build import make_federation
 
-pytest.importorskip("flwr_datasets")
+pytestmark = [
+    pytest.mark.skipif(find_spec("flwr_datasets") is None, reason="flwr-datasets is not installed"),
+    pytest.mark.xdist_group("flwr-datasets"),  # imported by one worker alone, since that takes seconds
+]
 
 DATA = """
 import numpy as np

@@ -47,11 +47,18 @@ def superexec():
     executor.subprocess.Popen(["flwr-clientapp", "--token", "t"])
     if mode == "kill":
         time.sleep(600)
-    time.sleep(0.5)
+    alive = lock.with_name("alive")
+    while not alive.exists():
+        time.sleep(0.01)
+    with alive.open("r+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # once the app has ended: it is killed when the node ends
     sys.exit(7)
 
 def client():
     say("app")
+    held = os.open(lock.with_name("held"), os.O_CREAT | os.O_RDWR)  # until this process is gone
+    fcntl.flock(held, fcntl.LOCK_EX)
+    lock.with_name("held").rename(lock.with_name("alive"))
     app = sys.modules["app"] = types.ModuleType("app")
     app.kept = open(lock.with_name("kept.txt"), "w")  # closed at the end of Python
     app.kept.write("kept")

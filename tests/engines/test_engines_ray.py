@@ -607,11 +607,6 @@ def test_no_process_is_left_behind(way: str, short_folder: Path, tmp_path: Path)
         process.kill()
 
 
-def test_ray_is_imported_by_nobody_who_does_not_ask_for_it() -> None:
-    code = "import sys, fedpriv, fedpriv.engines, fedpriv.cli; assert 'ray' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def costs_of(sizes: list[float]) -> Callable[[np.ndarray], np.ndarray]:
     return lambda clients: np.array(sizes)[clients]
 

@@ -15,6 +15,8 @@ import fedpriv
 from fedpriv.cli import main
 from fedpriv.experiment.execution import Execution
 
+pytestmark = pytest.mark.xdist_group("own-folder")  # its runs are made once
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -1,8 +1,6 @@
 """Own models, data and methods: a class or a function in a file, named by the config."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -267,27 +265,6 @@ def test_the_seed_decides_the_first_weights(folder):
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert torch.equal(torch.random.get_rng_state(), state)
-
-
-def test_parameters_are_counted_without_torchs_compiler(folder):
-    """Normal numbers for a tensor without values, as in every embedding, would import it: seconds for each process."""
-    (folder / "words.py").write_text(
-        "from torch import nn\n"
-        "def words(classes):\n"
-        "    layer = nn.Linear(4, classes)\n"
-        "    nn.init.normal_(layer.weight)\n"
-        "    nn.init.kaiming_normal_(layer.weight)\n"
-        "    return nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), layer)\n"
-    )
-    code = (
-        "import sys\n"
-        "from fedpriv.tasks.models import MODELS\n"
-        "made = MODELS.resolve(sys.argv[1], 'model.name')()\n"
-        "print(made.parameters((1,), 3), 'torch._dynamo' in sys.modules)\n"
-    )
-    command = [sys.executable, "-c", code, f"{folder / 'words.py'}:words"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(7 * 4 + 4 * 3 + 3), "False"]
 
 
 @pytest.mark.parametrize(

@@ -103,9 +103,3 @@ def test_without_such_packages_it_is_the_same_class_as_that_of_strategies_and_cl
     assert set(fedpriv.flower.__all__) <= set(dir(fedpriv.flower))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = fedpriv.flower.nothing
-
-
-def test_what_only_carries_messages_imports_no_strategy() -> None:
-    code = "import sys, fedpriv.flower.messages; print('strategies' in sys.modules, 'clients' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.split() == ["False", "False"]

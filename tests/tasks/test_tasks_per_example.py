@@ -1,6 +1,8 @@
 """Sums of bounded gradients by example, against gradients of one example at a time."""
 
 import math
+import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -262,6 +264,17 @@ def test_what_the_table_does_not_cover_is_computed_one_by_one(name, examples):
     assert torch.allclose(sums.norms(inputs, labels), rows.norm(dim=1), rtol=1e-5)
     found = sums.clipped_sum(inputs, labels, bound)
     assert float((found - bounded(rows, bound).sum(0)).norm()) <= 2e-6 * bound.l2_bound * examples
+
+
+@pytest.mark.parametrize("context", [nullcontext, torch.no_grad])
+def test_known_layers_do_not_import_the_compiler_of_torch(context, monkeypatch):
+    """It takes seconds, in every process; the trial of the layers ran vmap."""
+    monkeypatch.setitem(sys.modules, "torch.fx.experimental.symbolic_shapes", None)
+    net, inputs, labels = Cnn(width=2).build((1, 8, 8), 10, 0), torch.randn(4, 1, 8, 8), torch.arange(4)
+    sums = made(net, cross_entropy)
+    with context():
+        assert sums.is_fast(inputs, labels)
+        assert sums.clipped_sum(inputs, labels, BOUNDS[0]).isfinite().all()
 
 
 def inner(net: nn.Module) -> nn.Linear:

@@ -76,13 +76,13 @@ def bert(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_an_encoder_in_stages_is_the_encoder(tmp_path: Path) -> None:
-    from transformers import AutoModel
-
+    transformers = pytest.importorskip("transformers")
     source = TextEncoder(folder=str(bert(tmp_path)))
     net = source.build((6,), 2, 0)
     tokens = torch.tensor([[3, 4, 5, 0, 0, 0], [7, 8, 9, 10, 11, 12]]).float()
     mask = (tokens > 0).long()
-    states = AutoModel.from_pretrained(tmp_path)(input_ids=tokens.long(), attention_mask=mask).last_hidden_state
+    encoder = transformers.AutoModel.from_pretrained(tmp_path)
+    states = encoder(input_ids=tokens.long(), attention_mask=mask).last_hidden_state
     mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     torch.testing.assert_close(net(tokens), net.head(mean))  # pyright: ignore[reportCallIssue]
     assert source.parameters((6,), 2) == sum(p.numel() for p in net.parameters())

@@ -6,14 +6,10 @@ import stat
 import struct
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from mlflow.tracking import MlflowClient
 from support.sweep_files import BASE, in_process, sweep_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]
-from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
 import fedpriv
 from fedpriv.cli import main
@@ -26,9 +22,15 @@ from fedpriv.sweeps.run import run_sweep
 from fedpriv.sweeps.trial import Tracking
 from fedpriv.tracking.trackers import check_trackers, track, watched_by
 
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
+
 __all__ = ["in_process"]
 
 pytestmark = [
+    pytest.mark.xdist_group("trackers"),  # imported by one worker alone, since that takes seconds
     # MLflow, of SQLAlchemy 2.1.
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),
     # Its engines are closed by the garbage collector.
@@ -94,13 +96,21 @@ def check(sent: dict[str, list[tuple[int, float]]], out: Path, *, diagnostics: b
             assert [value for _, value in sent[key]] == pytest.approx([steps[n] for n in sorted(steps)], rel=1e-6), key
 
 
+def tensorboard_of(out: Path, **options: Any) -> "EventAccumulator":
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(out / "tensorboard"), **options).Reload()
+
+
 def tensorboard_rows(out: Path) -> dict[str, list[tuple[int, float]]]:
     # Keeps repetitions in later files.
-    found = EventAccumulator(str(out / "tensorboard"), {"scalars": 0}, purge_orphaned_data=False).Reload()
+    found = tensorboard_of(out, size_guidance={"scalars": 0}, purge_orphaned_data=False)
     return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
-def mlflow_run(out: Path) -> tuple[MlflowClient, str]:
+def mlflow_run(out: Path) -> tuple["MlflowClient", str]:
+    from mlflow.tracking import MlflowClient
+
     known = json.loads((out / "mlflow.json").read_text())
     return MlflowClient(known["store"]), known["run"]
 
@@ -112,8 +122,10 @@ def mlflow_rows(out: Path) -> dict[str, list[tuple[int, float]]]:
     return {key: sorted(rows) for key, rows in found.items()}
 
 
-def wandb_records(out: Path) -> list[Record]:
+def wandb_records(out: Path) -> "list[Record]":
     """Read all sessions' files in LevelDB's log format: blocks of 32 KiB after 7 bytes, headers of CRC, size, type."""
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
+
     records = []
     for file in sorted(out.glob("wandb/offline-run-*/run-*.wandb")):
         content, at, whole = file.read_bytes(), 7, b""
@@ -208,8 +220,12 @@ def test_scores_that_no_promise_covers_are_named_so_in_a_tracker(
 
 def test_tensorboard_has_the_config_the_texts_and_the_statement(config: Config, tmp_path: Path) -> None:
     out = tmp_path / "run"
+    from tensorboard.plugins.hparams.plugin_data_pb2 import (
+        HParamsPluginData,  # pyright: ignore[reportAttributeAccessIssue]
+    )
+
     finished(config, out, "tensorboard")
-    found = EventAccumulator(str(out / "tensorboard")).Reload()
+    found = tensorboard_of(out)
     texts = {tag: found.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in found.Tags()["tensors"]}
     statement = (out / "privacy.txt").read_text().split("\n")[0]
     assert statement in texts["privacy.txt/text_summary"]
@@ -280,7 +296,7 @@ def test_what_is_not_released_is_in_no_summary_either_where_diagnostics_are_not_
         sent = set(json.loads(Path(client.download_artifacts(run, "summary.json", str(tmp_path))).read_text()))
         assert sorted(names) == ["config.toml", "privacy.txt", "summary.json"]
     else:
-        found = EventAccumulator(str(out / "tensorboard")).Reload()
+        found = tensorboard_of(out)
         text = found.Tensors("summary.json/text_summary")[0].tensor_proto.string_val[0].decode()
         sent = set(json.loads(text))
     assert {"digest", "epsilon", "test_accuracy"} <= sent

@@ -67,7 +67,7 @@ def _floats_of(file: Path) -> int:
 
 
 def _loaded_encoder(place: Path) -> nn.Module:
-    from transformers import AutoModel
+    from transformers.models.auto.modeling_auto import AutoModel
     from transformers.utils import logging
 
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

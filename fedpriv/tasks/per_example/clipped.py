@@ -35,7 +35,7 @@ from fedpriv.tasks.dense import DenseLayers, slopes_of_losses
 from fedpriv.tasks.per_example.capture import Unsuitable, chunk_parts, known_layers
 from fedpriv.tasks.per_example.layers import is_plain
 from fedpriv.tasks.per_example.parts import MAX_CANCELLATION, Part, Products, Rows, sum_of
-from fedpriv.tasks.per_example.rows import Losses, cross_entropies, gradient_rows, losses_of
+from fedpriv.tasks.per_example.rows import Losses, cross_entropies, gradient_rows, losses_of, rows_one_by_one
 from fedpriv.vectors import Layout, trainable
 
 __all__ = ["MAX_FLOATS", "SLACK", "PerExample"]
@@ -257,7 +257,7 @@ class PerExample:
             Unsuitable: If they differ, or a layer has no known gradients.
         """
         parts = chunk_parts(self._module, layers, self._losses, inputs, labels)
-        rows = self.rows(inputs, labels).double()
+        rows = rows_one_by_one(self._module, self._losses, inputs, labels).double()
         scales = 1.0 + torch.arange(len(labels), dtype=torch.float64, device=inputs.device)
         found = self._empty(inputs)
         self._add_parts(self._named(found), parts, scales, keep=0)

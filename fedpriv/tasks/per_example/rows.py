@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from fedpriv.vectors import trainable
 
-__all__ = ["Losses", "cross_entropies", "gradient_rows", "losses_of"]
+__all__ = ["Losses", "cross_entropies", "gradient_rows", "losses_of", "rows_one_by_one"]
 
 Losses = Callable[[Tensor, Tensor], Tensor]
 
@@ -41,7 +41,7 @@ def gradient_rows(module: nn.Module, losses: Losses, inputs: Tensor, labels: Ten
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
             return _by_vmap(module, losses, inputs, labels)
     except (RuntimeError, NotImplementedError):  # an operation or a branch that vmap does not know
-        return _one_by_one(module, losses, inputs, labels)
+        return rows_one_by_one(module, losses, inputs, labels)
 
 
 def _by_vmap(module: nn.Module, losses: Losses, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -55,7 +55,12 @@ def _by_vmap(module: nn.Module, losses: Losses, inputs: Tensor, labels: Tensor) 
     return torch.cat([found[name].flatten(1) for name in parameters], dim=1)
 
 
-def _one_by_one(module: nn.Module, losses: Losses, inputs: Tensor, labels: Tensor) -> Tensor:
+@torch.enable_grad()
+def rows_one_by_one(module: nn.Module, losses: Losses, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Return the same as `gradient_rows`, at least one, with a backward pass for each example.
+
+    For a few examples, this is faster: the first use of vmap imports PyTorch's compiler, for seconds.
+    """
     parameters = list(trainable(module).values())
     rows = []
     for i in range(len(labels)):
