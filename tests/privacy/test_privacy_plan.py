@@ -44,7 +44,8 @@ every_combination = pytest.mark.parametrize(("trust", "adjacency", "name"), COMB
 def test_coarse_numbers_of_numpy_do_not_make_epsilon_coarse(kind: type[np.floating], sampled: bool) -> None:
     q, noise, delta = kind(0.01), kind(0.7), kind(1e-4)
     found = []
-    for number in (kind, float):  # coarse ones first: `_losses` keeps results by value
+    kinds: list[Any] = [kind, float]
+    for number in kinds:  # coarse ones first: `_losses` keeps results by value
         sampling = Poisson(1000, number(q)) if sampled else Everyone(1000)
         made = plan(trust="central", adjacency="add-or-remove", sampling=sampling, rounds=100, delta=number(delta))
         found.append(replace(made, noise_multiplier=number(noise), l2_bound=number(kind(0.3))))
