@@ -17,6 +17,7 @@ import pandas as pd
 from fedpriv.checks import at_least_one
 from fedpriv.data.files import default_data_root
 from fedpriv.errors import UserError, require_extra
+from fedpriv.experiment.build import check_device_name
 from fedpriv.experiment.execution import cores
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.files import make_owners_folder
@@ -118,6 +119,7 @@ def run_sweep(
     execution, tracking = execution or TrialExecution(), tracking or Tracking()
     if jobs is not None:
         at_least_one("--jobs", jobs, "Give the number of trials at a time")
+    check_device_name(execution.device, "--device")
     if execution.on_ray:
         require_extra("--ray", "ray")
     _check_tuning(sweep, retry=retry, logs=tracking.logs)

@@ -269,6 +269,24 @@ def test_without_noise_the_true_words_are_found_and_nothing_is_promised(data: Pa
     assert found["answers"]["frequent"]["value"] == pytest.approx(shares, abs=1e-6)
 
 
+def test_the_folder_of_levels_is_refused_like_that_of_a_run(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "words"
+    found = run(tables(), out, data)
+    with pytest.raises(
+        UserError, match=rf"{out}: expected a folder without a run, .*started or finished\. Add --resume"
+    ):
+        run(tables(), out, data)
+    level = out / "level-1"
+    promise = (level / "privacy.json").read_bytes()
+    with pytest.raises(UserError, match="level-1: expected a folder without a run, got a folder with one"):
+        run(tables(), level, data)
+    assert (level / "privacy.json").read_bytes() == promise
+    again = HeavyAnalysis(tables()).run(
+        out, lambda _, at: json.loads((at / "analysis.json").read_text()), data_root=data, resume=True
+    )
+    assert again == found
+
+
 def test_reports_promise_a_pure_epsilon_for_each_client(data: Path, tmp_path: Path) -> None:
     found = run(local_tables(), tmp_path / "out", data)
     promise = {key: found[key] for key in ("private", "epsilon", "delta", "unit", "trust", "adjacency")}

@@ -17,7 +17,7 @@ from typing import NamedTuple, TextIO
 
 import ray
 
-from fedpriv.errors import UserError
+from fedpriv.errors import EngineStartError
 from fedpriv.files import lock_file
 
 __all__ = ["Connection", "Need", "connect", "quiet", "remove_abandoned", "room"]
@@ -78,7 +78,7 @@ def connect(address: str | None, store_bytes: int | None = None, cpus: int | Non
         cpus: Number of cores of a Ray that is started; None for all cores of the machine.
 
     Raises:
-        UserError: If there is no Ray at `address`, its version differs, or a new one does not start in time.
+        EngineStartError: If there is no Ray at `address`, its version differs, or a new one does not start.
     """
     if ray.is_initialized():
         return Connection(ours=False, folder=None)
@@ -103,13 +103,18 @@ def connect(address: str | None, store_bytes: int | None = None, cpus: int | Non
             gc.collect()  # collects files that Ray left open, while warnings are off
     except BaseException as error:
         Connection(ours=True, folder=folder, alive=alive).close()
-        if _TIMED_OUT in str(error):
-            remedy = "Run again while the computer has less to do, or use another engine"
-            raise UserError(
-                "--engine", "Ray to start within 30 seconds", "a computer that takes longer", remedy
-            ) from None
-        raise
+        if not isinstance(error, Exception):
+            raise
+        raise _not_started(error) from error
     return Connection(ours=True, folder=folder, alive=alive)
+
+
+def _not_started(error: Exception) -> EngineStartError:
+    if _TIMED_OUT in str(error):
+        remedy = "Run again while the computer has less to do, or use another engine"
+        return EngineStartError("--engine", "Ray to start within 30 seconds", "a computer that takes longer", remedy)
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
+    return EngineStartError("--engine", "a Ray that starts", reason, "Use another engine, or reinstall Ray")
 
 
 def remove_abandoned(place: Path) -> None:
@@ -162,7 +167,7 @@ def _join(address: str) -> None:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
                 gc.collect()
                 return
-            except (RuntimeError, ConnectionError, ValueError) as error:
+            except Exception as error:
                 reason = " ".join(str(error).split())[:300].rstrip(".")
     raise _no_ray(address, "a running Ray of the same version", reason)
 
@@ -182,9 +187,9 @@ def _probe(host: str, port: int, address: str) -> str | None:
     return None
 
 
-def _no_ray(address: str, expected: str, got: str) -> UserError:
+def _no_ray(address: str, expected: str, got: str) -> EngineStartError:
     remedy = "Start one with `ray start --head` and give the address that it prints, or omit it to use this machine"
-    return UserError(f"Ray at {address}", expected, got, remedy)
+    return EngineStartError(f"Ray at {address}", expected, got, remedy)
 
 
 def _short_folder() -> str:
