@@ -420,7 +420,7 @@ class Npy:
         client_ids: The natural client of each example; None if there are none.
         test_inputs: Inputs of public test examples. Without them, a fifth of the examples is held out to test on: of
             each natural client, or without natural clients, of each label. With `partition = "natural"`, `data.test` is
-            then required: `"within"` tests on that fifth, `"clients"` on all examples of a fifth of the clients instead.
+            then required: `"within"` tests on that fifth, `"clients"` on the examples of a fifth of the clients.
         test_labels: Their labels.
         scale: The divisor of inputs, such as 255 for images of bytes; a public constant.
         mean: The number to subtract from each channel, or each feature, after that; public constants.

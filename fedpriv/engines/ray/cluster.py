@@ -17,6 +17,7 @@ from typing import NamedTuple, TextIO
 
 import ray
 
+from fedpriv.engines.ray import KEPT
 from fedpriv.errors import EngineStartError
 from fedpriv.files import lock_file
 
@@ -70,7 +71,7 @@ class Connection(NamedTuple):
 def connect(address: str | None, store_bytes: int | None = None, cpus: int | None = None) -> Connection:
     """Use the Ray of this process; without one, join the Ray at `address`; without an address, start a local Ray.
 
-    No other function of fedpriv starts or joins a Ray.
+    No other function of fedpriv starts or joins a Ray. Within `one_ray`, that context closes the connection.
 
     Args:
         address: HOST:PORT as `ray start --head` prints it, or `auto` for one on this machine; None to start one.
@@ -82,6 +83,14 @@ def connect(address: str | None, store_bytes: int | None = None, cpus: int | Non
     """
     if ray.is_initialized():
         return Connection(ours=False, folder=None)
+    made, keeper = _made(address, store_bytes, cpus), KEPT.get()
+    if keeper is None:
+        return made
+    keeper.callback(made.close)
+    return Connection(ours=False, folder=None)
+
+
+def _made(address: str | None, store_bytes: int | None, cpus: int | None) -> Connection:
     if address is not None:
         _join(address)
         return Connection(ours=True, folder=None)

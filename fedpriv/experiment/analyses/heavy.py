@@ -22,6 +22,7 @@ from fedpriv.analytics.heavy.tree import Estimates, HeavyHitters, Tally, answer_
 from fedpriv.checks import is_real
 from fedpriv.data.federation import Holders
 from fedpriv.data.text.words import Words
+from fedpriv.engines.ray import one_ray
 from fedpriv.errors import UserError
 from fedpriv.experiment.analyses.answers_file import ANALYSIS_FILE
 from fedpriv.experiment.analyses.clients import clients_of
@@ -177,7 +178,8 @@ class HeavyAnalysis:
             data_root: The folder of the data sets; None uses the environment's setting.
             resume: Resume, or return the answers of a finished analysis.
         """
-        return (self._run_reports if self.local else self._run_levels)(out, run_level, data_root, resume)
+        with one_ray():
+            return (self._run_reports if self.local else self._run_levels)(out, run_level, data_root, resume)
 
     def _run_reports(self, out: Path, run_level: RunLevel, data_root: Path | None, resume: bool) -> dict[str, object]:
         directory = RunDirectory(out)
