@@ -62,7 +62,7 @@ class UserError(ValueError):
 
 
 class EngineStartError(UserError):
-    """An engine whose processes do not start on this computer; another engine may run the same experiment."""
+    """An engine does not start on this computer; another engine may run the same experiment."""
 
 
 @contextmanager

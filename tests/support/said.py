@@ -1,4 +1,4 @@
-"""A data set of words: what each client said, as a file of the data set `words`."""
+"""A sentence of each client, as a file of the data set `words`."""
 
 from pathlib import Path
 from typing import Any
