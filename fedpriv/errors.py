@@ -6,7 +6,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["EXTRAS", "UserError", "extra_of", "has_extra", "nearest", "plural", "require_extra", "shown_as"]
+__all__ = [
+    "EXTRAS",
+    "EngineStartError",
+    "UserError",
+    "extra_of",
+    "has_extra",
+    "nearest",
+    "plural",
+    "require_extra",
+    "shown_as",
+]
 
 EXTRAS = {
     "flower": ("flwr", "ray"),
@@ -49,6 +59,10 @@ class UserError(ValueError):
         found = UserError(f"{place}: {self.where}", "", "", "")
         found.args = (f"{place}: {line}",)
         return found
+
+
+class EngineStartError(UserError):
+    """An engine does not start on this computer; another engine may run the same experiment."""
 
 
 @contextmanager

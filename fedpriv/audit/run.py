@@ -14,8 +14,8 @@ from fedpriv.audit.records import with_weights
 from fedpriv.audit.verdict import CONVICTION, Findings, judge
 from fedpriv.audit.words import claim_of, in_words, knowledge_of
 from fedpriv.checks import whole_from, whole_within
-from fedpriv.errors import UserError, require_extra
-from fedpriv.experiment.build import Experiment, assemble
+from fedpriv.errors import UserError, has_extra
+from fedpriv.experiment.build import Experiment, assemble, check_device
 from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.execution import LOCAL_ENGINES, LocalEngine
 from fedpriv.experiment.run_directory import RunDirectory, jsonable
@@ -86,7 +86,7 @@ def run_audit(
 ) -> Record:
     """Attack the experiment with canary clients, write `audit.json` and `audit.png`, and return the former.
 
-    Both files are readable by their owner only.
+    Both files are readable by their owner only. The picture is left out if the extra `report` is not installed.
 
     Args:
         config: The experiment, or the path of its TOML file.
@@ -96,24 +96,23 @@ def run_audit(
         watch: Called with the number of every finished round.
 
     Raises:
-        UserError: If the experiment has no guarantee to attack, audits do not support it, or plotting packages are
-            missing.
+        UserError: If the experiment has no guarantee to attack, or audits do not support it.
     """
-    require_extra("an audit", "report")
-    from fedpriv.audit.picture import plot_audit
-
     choice, directory = choice or AuditChoice(), RunDirectory(Path(out))
     config = config if isinstance(config, Config) else load_config(config)
     _refuse_what_is_not_offered(config)
+    check_device(choice.device)
     with directory.locked():
         if directory.file(AUDIT_FILE).exists():
             raise UserError(str(directory.path), "a folder without an audit", AUDIT_FILE, "Choose another --out")
         experiment = assemble(config, device=choice.device, data_root=data_root)
         findings, record = audit_experiment(experiment, choice, watch)
-        for name, content in (
-            (PICTURE_FILE, plot_audit(findings, record)),
-            (AUDIT_FILE, json.dumps(jsonable(record), indent=2) + "\n"),
-        ):
+        contents: dict[str, bytes | str] = {AUDIT_FILE: json.dumps(jsonable(record), indent=2) + "\n"}
+        if has_extra("report"):  # otherwise the command line suggests the extra
+            from fedpriv.audit.picture import plot_audit
+
+            contents = {PICTURE_FILE: plot_audit(findings, record), **contents}
+        for name, content in contents.items():
             # The noise is that of the run without an audit, and that run's epsilon does not cover a second release.
             write_atomically(directory.file(name), content, OWNER_ONLY)
     return record

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from fedpriv.cli.app import ConfigFile, DataRoot, Settings, app
+from fedpriv.cli.app import ConfigFile, DataRoot, Settings, app, picture
 from fedpriv.cli.terminal import PAGE, say
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def audit(
         f"measured    at least {found['epsilon_lower']:.2f} at {level} confidence; estimate "
         f"{found['epsilon_estimate']:.2f}\n"
         f"adversary   {found['adversary']}\n"
-        f"picture     {directory / PICTURE_FILE}\n"
+        f"picture     {picture(directory / PICTURE_FILE)}\n"
         f"record      {directory / AUDIT_FILE}\n"
     )
     say(textwrap.fill(found["words"], width=PAGE), paragraphs=True)

@@ -39,7 +39,6 @@ def print_comparison(cells: Cells) -> None:
     varying = sorted((key for key in keys if key not in same), key=lambda key: not key.startswith(_FIRST))
     if "method.name" in varying:
         varying.remove("method")
-    cells = {run: {key: _rounded(row[key]) for key in keys} for run, row in cells.items()}
     for block in _blocks(cells, varying, max(map(len, names)), console.width):
         heads = [_head(key, keys) for key in block]
         rows = ((name, *(row[key] for key in block)) for name, row in zip(names, cells.values(), strict=True))
@@ -47,14 +46,6 @@ def print_comparison(cells: Cells) -> None:
         console.print()
     first = next(iter(cells.values()))
     say("same        " + ", ".join(f"{key} {first[key] or 'none'}" for key in same))
-
-
-def _rounded(text: str) -> str:
-    """Return a number with six digits, other texts unchanged; `--csv` has all digits."""
-    try:
-        return text if text.isdecimal() else f"{float(text):.6g}"
-    except ValueError:
-        return text
 
 
 def _table(heads: Sequence[str], rows: Iterator[tuple[str, ...]], *, left: int) -> Table:

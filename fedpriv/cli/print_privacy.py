@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["print_levels", "print_plan", "print_spent"]
 
+_EARLY = "ended before a privacy plan was recorded; nothing was released or spent"
+
 
 def _size_of(experiment: Config, data_root: Path | None) -> int | None:
     """Return the number of parameters; None if this machine lacks the data set, on which it depends."""
@@ -98,6 +100,10 @@ def print_spent(folder: Path, *, as_json: bool) -> None:
         return
     console = Console()
     for group in groups:
+        if not group.recorded:
+            console.print(f"{_EARLY}:", markup=False, highlight=False)
+            console.print(*(f"  {run.name}" for run in group.runs), "", sep="\n", markup=False, highlight=False)
+            continue
         promise = "no privacy" if group.trust is None else f"trust {group.trust}, {group.adjacency}"
         console.print(f"{group.label}: {promise}", markup=False, highlight=False)
         if group.adversary is not None:

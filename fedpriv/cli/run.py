@@ -83,7 +83,7 @@ def run(
         bool, typer.Option("--wait", help="With --deploy: wait at the start until all clients are connected.")
     ] = False,
     test_seeded: Annotated[bool, typer.Option("--test-seeded", hidden=True)] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume from the checkpoint in the run directory.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume, or show the results of a finished run.")] = False,
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Rounds between checkpoints.", show_default="one every 10 s")
     ] = None,

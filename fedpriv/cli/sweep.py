@@ -122,17 +122,18 @@ def compare(
     """Compare finished runs: how their configs differ, and their results."""
     from fedpriv.cli.print_compare import print_comparison
     from fedpriv.experiment.results import compare_runs
+    from fedpriv.tables import short_texts
 
     table = compare_runs(runs)
     if as_csv:
         print(table.to_csv(), end="")
         return
-    print_comparison(
-        {
-            str(run): {str(key): "" if value is None or value != value else str(value) for key, value in column.items()}
-            for run, column in table.items()
-        }
-    )
+    # Results have six digits already; those of similar runs should not look equal.
+    for key in table.index:
+        table.loc[key] = (
+            short_texts(table.loc[key], str(key)) if "." in key else [_text(value) for value in table.loc[key]]
+        )
+    print_comparison({str(run): {str(key): text for key, text in cells.items()} for run, cells in table.items()})
 
 
 @app.command()
@@ -155,6 +156,10 @@ def report(
 
     page = write_report(folder, out, select=select)
     say(f"page        {page}\nfigures     {page.parent / 'figures'}\ntables      {page.parent / 'tables'}")
+
+
+def _text(value: object) -> str:
+    return "" if value is None or value != value else str(value)
 
 
 def trial_warnings(folder: Path, names: Iterable[str]) -> Iterator[str]:

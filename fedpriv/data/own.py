@@ -76,8 +76,9 @@ def dataset_of(found: object, name: str) -> Dataset:
             of each example: whole numbers or texts), `clients` (the ids of all clients, if some hold no example),
             `test_inputs` and `test_labels` (which count as public), and `classes` (the number of labels; by default one
             more than the largest). All are arrays of numpy or torch, or lists; inputs that `numpy.load(path,
-            mmap_mode="r")` returned stay on the disk. Without test arrays, a fifth of each natural client's examples is
-            held out; without natural clients, a fifth of each label's examples.
+            mmap_mode="r")` returned stay on the disk. Without test arrays, a fifth of the examples is held out to
+            test on: of each natural client, or without natural clients, of each label. With `partition = "natural"`,
+            `data.test` is then required: see `fedpriv.data.validation.evaluated_on`.
         name: The name of the data set.
 
     Raises:

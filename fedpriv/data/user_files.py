@@ -43,8 +43,9 @@ class _Files:
 
     Args:
         file: The examples; a path from the data root.
-        test_file: Public test examples. Without it, a fifth of each natural client's examples is held out; without
-            natural clients, a fifth of each label's examples.
+        test_file: Public test examples. Without it, a fifth of the examples is held out to test on: of each natural
+            client, or without natural clients, of each label. With `partition = "natural"`, `data.test` is then
+            required: `"within"` tests on that fifth, `"clients"` on all examples of a fifth of the clients instead.
 
     Raises:
         UserError: If no file is named.
@@ -417,8 +418,9 @@ class Npy:
         inputs: The inputs; a path from the data root, as all files here.
         labels: The labels, whole numbers from 0.
         client_ids: The natural client of each example; None if there are none.
-        test_inputs: Inputs of public test examples. Without them, a fifth of each natural client's examples is held
-            out; without natural clients, a fifth of each label's examples.
+        test_inputs: Inputs of public test examples. Without them, a fifth of the examples is held out to test on: of
+            each natural client, or without natural clients, of each label. With `partition = "natural"`, `data.test` is
+            then required: `"within"` tests on that fifth, `"clients"` on the examples of a fifth of the clients.
         test_labels: Their labels.
         scale: The divisor of inputs, such as 255 for images of bytes; a public constant.
         mean: The number to subtract from each channel, or each feature, after that; public constants.

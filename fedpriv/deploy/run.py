@@ -20,6 +20,7 @@ import tomli_w
 from fedpriv.deploy.parties import clients_in_words, parties_config
 from fedpriv.deploy.setup.membership import registered_by_name
 from fedpriv.errors import UserError, require_extra
+from fedpriv.experiment.build import check_device_name
 from fedpriv.experiment.config import Config, read_config_file
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.run_directory import RunDirectory
@@ -187,6 +188,7 @@ def run_deployed(
     """
     require_extra("--deploy", "deploy")
     config.check_deployable()
+    check_device_name(device, "--device")
     way = Connection.of(connection) if isinstance(connection, str) else connection
     out = Path(out).resolve()
     with tempfile.TemporaryDirectory(prefix="fedpriv-deploy-") as name:

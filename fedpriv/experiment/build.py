@@ -17,7 +17,7 @@ from fedpriv.data.federation import Holders, shifted, spread
 from fedpriv.data.labels import labels_as
 from fedpriv.data.validation import evaluated_on, hold_out
 from fedpriv.engines import Population
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, nearest
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.timing import make_timeline, sampling_under
 from fedpriv.privacy import PrivacyPlan, Sampling
@@ -35,6 +35,7 @@ __all__ = [
     "assemble_clients",
     "build_module",
     "check_device",
+    "check_device_name",
     "check_task",
     "count_parameters",
     "fewest_examples",
@@ -334,12 +335,26 @@ def _too_large(error: Exception) -> UserError:
     return UserError("[model]", "a model that fits in memory", reason, "Make the model smaller")
 
 
-def check_device(device: str) -> None:
-    """Raise UserError if torch cannot use `device`."""
+_GPU_NAMES = ("gpu", "nvidia", "metal")
+
+
+def check_device(device: str, where: str = "--device") -> None:
+    """Raise UserError, which names the option or key `where`, if torch cannot use `device` on this machine."""
+    check_device_name(device, where)
     try:
         torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            "--device", "a device that torch can use here", f"{device!r} ({reason})", "Use --device cpu"
-        ) from None
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        remedy = "Use --device cpu" if where == "--device" else 'Set it to "cpu"'
+        raise UserError(where, "a device that torch can use here", f"{device!r} ({reason})", remedy) from None
+
+
+def check_device_name(device: str, where: str) -> None:
+    """Raise UserError if `device` is not the name of a device, without a look at this machine's devices."""
+    try:
+        torch.device(device)
+    except RuntimeError:
+        kind = device.lower().partition(":")[0]
+        gpu = "mps" if torch.backends.mps.is_available() else "cuda"
+        remedy = f"Write {gpu}" if kind in _GPU_NAMES or kind.isdecimal() else nearest(kind, ("cpu", "cuda", "mps"))
+        raise UserError(where, "cpu, cuda, cuda:0, mps, ...", repr(device), remedy) from None

@@ -19,7 +19,7 @@ from fedpriv.engines import Engine, LoopEngine, Population, VectorizedEngine
 from fedpriv.engines.base import UndoingEngine
 from fedpriv.engines.fused_noise import FusedNoise, can_fuse, without_noise
 from fedpriv.engines.secure_sum import SecureSum
-from fedpriv.errors import UserError, has_extra, require_extra
+from fedpriv.errors import EngineStartError, UserError, has_extra, require_extra
 from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.privacy import FixedSize
@@ -275,10 +275,8 @@ def start_engine(experiment: Experiment, execution: Execution) -> tuple[Engine, 
     population = without_noise(experiment.population) if fused else experiment.population
     try:
         clients = _ray(experiment, population, execution, compute, workers) if engine == "ray" else None
-    except UserError as error:
-        # Ray and its workers are named by the errors of their start; any other error is the experiment's.
-        asked_for = execution.engine == "ray" or execution.ray_address is not None
-        if asked_for or not error.where.startswith(("Ray", "workers", "--engine")):
+    except EngineStartError:
+        if execution.engine == "ray" or execution.ray_address is not None:
             raise
         engine, workers, clients = "here", 1, None  # auto chose Ray, which does not start on a busy computer
     if clients is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedpriv.engines import Population
 from fedpriv.errors import UserError
-from fedpriv.experiment.build import Experiment, assemble, assemble_clients
+from fedpriv.experiment.build import Experiment, assemble, assemble_clients, check_device
 from fedpriv.experiment.config import Config, load_config, parse_config, read_config_text
 
 __all__ = ["TEST_SEEDED", "RunConfig"]
@@ -65,10 +65,12 @@ class RunConfig:
             UserError: If Flower cannot run the experiment.
         """
         config.check_unclocked()
+        check_device(self.device, "device")
         return assemble(config, device=self.device, data_root=Path(self.data_root) if self.data_root else None)
 
     def assemble_clients(self, config: Config, check_size: Callable[[int], None] | None = None) -> Population:
         """Return the experiment's clients; for `check_size` see `fedpriv.experiment.build.assemble_clients`."""
+        check_device(self.device, "device")
         root = Path(self.data_root) if self.data_root else None
         return assemble_clients(config, device=self.device, data_root=root, check_size=check_size)
 

@@ -23,11 +23,11 @@ from fedpriv.report.study import (
     HYPERPARAMETERS,
     TERMS,
     Study,
-    as_text,
     problem_key,
     telling,
     words_of,
 )
+from fedpriv.tables import as_text, short_texts
 from fedpriv.tasks.metrics import METRICS, Metric
 
 __all__ = [
@@ -103,6 +103,8 @@ class HeatMap:
         keys: The config keys of rows and of columns.
         rows: Values of the first key, ascending, as text.
         columns: Values of the second key.
+        row_texts: Values of the first key as they are shown, with few digits.
+        column_texts: Values of the second key, likewise.
         values: `[rows, columns]`, mean over seeds, the best over all other hyperparameters; NaN for missing runs.
         seeds: int `[rows, columns]`, the number of seeds of that setting; 0 for missing runs.
     """
@@ -111,6 +113,8 @@ class HeatMap:
     keys: tuple[str, str]
     rows: list[str]
     columns: list[str]
+    row_texts: list[str]
+    column_texts: list[str]
     values: np.ndarray
     seeds: np.ndarray
 
@@ -344,8 +348,10 @@ def held(settings: pd.DataFrame, table: pd.DataFrame, quantity: Quantity) -> str
 
 def _heat_map(rows: pd.DataFrame, group: Any, pair: tuple[str, str], sign: float) -> HeatMap:
     kept = rows[[*pair, "score", "seeds"]].copy()
+    given: list[dict[str, Any]] = []
     for key in pair:
         kept[key] = kept[key].map(as_text)
+        given.append(dict(zip(kept[key], rows[key], strict=True)))
     kept = kept[(kept[list(pair)] != "").all(axis=1)]
     best = kept.sort_values("score", ascending=False, kind="stable").drop_duplicates(list(pair))
     places = [sorted(kept[key].unique(), key=_by_size) for key in pair]
@@ -355,8 +361,16 @@ def _heat_map(rows: pd.DataFrame, group: Any, pair: tuple[str, str], sign: float
         at = places[0].index(row), places[1].index(column)
         values[at], seeds[at] = sign * score, count
     problem, privacy, method = group
+    texts = [short_texts((of[text] for text in place), key) for of, place, key in zip(given, places, pair, strict=True)]
     return HeatMap(
-        group=(problem, privacy, method), keys=pair, rows=places[0], columns=places[1], values=values, seeds=seeds
+        group=(problem, privacy, method),
+        keys=pair,
+        rows=places[0],
+        columns=places[1],
+        row_texts=texts[0],
+        column_texts=texts[1],
+        values=values,
+        seeds=seeds,
     )
 
 

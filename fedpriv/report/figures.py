@@ -158,8 +158,8 @@ def draw_heat_map(map_: HeatMap, names: Mapping[str, str], label: str, metric: M
     with _styled():
         figure, axes = _figure(1.3 + 0.32 * rows, width=max(_WIDTH, 1.6 + 0.5 * columns))
         image = axes.imshow(shown, aspect="auto", cmap=heat)
-        axes.set_xticks(range(columns), map_.columns, rotation=45 if columns > 6 else 0)
-        axes.set_yticks(range(rows), map_.rows)
+        axes.set_xticks(range(columns), map_.column_texts, rotation=45 if columns > 6 else 0)
+        axes.set_yticks(range(rows), map_.row_texts)
         axes.set(xlabel=names[map_.keys[1]], ylabel=names[map_.keys[0]])
         axes.set_title(" · ".join(part for part in map_.group if part), fontsize=9)
         axes.grid(visible=False)

@@ -50,10 +50,10 @@ class Total:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Runs on the same clients with one adversary, adjacency and unit.
+    """Runs on the same clients with one adversary, adjacency and unit, or all runs that ended before they had a plan.
 
     Args:
-        clients: See `clients_of`.
+        clients: See `clients_of`; empty for runs without a plan.
         trust: None if no run has a guarantee.
         adjacency: As `trust`.
         unit: As `trust`.
@@ -80,6 +80,11 @@ class Group:
     def adversary(self) -> str | None:
         """The adversary of the guarantee."""
         return next((run.plan.adversary for run in self.runs if run.plan is not None), None)
+
+    @property
+    def recorded(self) -> bool:
+        """False for the group of all runs that ended before their privacy plans were recorded."""
+        return any(run.recorded for run in self.runs)
 
     @property
     def label(self) -> str:
@@ -120,7 +125,8 @@ def spent_below(folder: Path) -> list[Group]:
 
 def _grouped(runs: Sequence[Run]) -> list[Group]:
     by_clients: dict[str, list[Run]] = {}
-    for run in runs:
+    early = tuple(run for run in runs if not run.recorded)
+    for run in (run for run in runs if run.recorded):
         by_clients.setdefault(json.dumps(run.clients, sort_keys=True), []).append(run)
     groups = []
     for same in by_clients.values():
@@ -128,6 +134,8 @@ def _grouped(runs: Sequence[Run]) -> list[Group]:
         for trust, adjacency, unit in promises or [(None, None, None)]:
             chosen = tuple(run for run in same if run.plan is None or _promise_of(run.plan) == (trust, adjacency, unit))
             groups.append(Group(clients=same[0].clients, trust=trust, adjacency=adjacency, unit=unit, runs=chosen))
+    if early:
+        groups.append(Group(clients={}, trust=None, adjacency=None, unit=None, runs=early))
     return groups
 
 
@@ -215,6 +223,7 @@ def sharing(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 def notes_on(groups: Sequence[Group]) -> list[str]:
     """Return notes that a reader needs to add up groups, one or two sentences each."""
+    groups = [group for group in groups if group.recorded]
     runs = {run.name: run for group in groups for run in group.runs}.values()
     notes = []
     if len({json.dumps(group.clients, sort_keys=True) for group in groups}) > 1:

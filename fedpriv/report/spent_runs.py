@@ -42,6 +42,7 @@ class Run:
         scores: Test losses by round, to detect copies of runs.
         draw: Identifies a trial of a tuning; None for other runs.
         note: A note on how the run is counted; may be empty.
+        recorded: False if the run ended before its privacy plan was recorded; it released nothing.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Run:
     scores: dict[int, float]
     draw: int | None = None
     note: str = ""
+    recorded: bool = True
 
     @property
     def training_plan(self) -> PrivacyPlan | None:
@@ -129,6 +131,7 @@ def read_run(path: Path, root: Path) -> Run:
         noise=None if deployed or plan is None else _noise_of(config),
         scores={row["round"]: row["test_loss"] for row in rows if row["round"] and row.get("test_loss") is not None},
         draw=config.get("privacy", {}).get("draw"),
+        recorded=record is not None,
     )
 
 

@@ -1,6 +1,7 @@
 """A study: runs to compare, read from a sweep's folder or any folder of run directories."""
 
 import json
+import math
 import tomllib
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from fedpriv.experiment.schema import field_names, read_table
 from fedpriv.plugins import bare_reference
 from fedpriv.privacy import SAMPLINGS, rounded_up
 from fedpriv.sweeps.files import CHOSEN, FAILURE, STOPPED, TABLE, TRIALS, TUNED, status_of
-from fedpriv.tables import Record
+from fedpriv.tables import Record, as_text, short_texts
 from fedpriv.tasks.metrics import METRICS, Metric, recorded_metrics
 
 __all__ = [
@@ -149,17 +150,6 @@ def load_study(path: Path | str, metric: str | None = None) -> Study:
     )
 
 
-def as_text(value: object) -> str:
-    """Return one text for equal values of any type; empty for missing values."""
-    if value is None or (isinstance(value, float) and value != value):
-        return ""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float | int):
-        return f"{value:.10g}"
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-
-
 def unreleased(rows: pd.DataFrame, column: str) -> bool:
     """Return True if a column has values that are not released: client heterogeneity, or costs of hidden cohorts."""
     if column.startswith("heterogeneity."):
@@ -212,7 +202,7 @@ def _trials(root: Path, found: Mapping[str, Path]) -> tuple[dict[str, dict[str, 
         why = (directory.read_json(file) if file else None) or {}
         rows[name] = {"trial": name, "status": status, "reason": str(why.get("reason", "")), **configs[name]}
     for number, listed in enumerate(_listed(root / TABLE)):
-        keys = {key: value for key, value in listed.items() if value and ("." in key or key == "seed")}
+        keys = {key: _value(text) for key, text in listed.items() if text and ("." in key or key == "seed")}
         if not listed["trial"]:
             rows[f"\0{number}"] = {"trial": "", "status": "failed", "reason": listed.get("reason", ""), **keys}
         elif listed["trial"] not in rows:
@@ -231,6 +221,15 @@ def _listed(path: Path) -> list[dict[str, str]]:
         return [{str(k): str(v) for k, v in row.items()} for row in table.to_dict("records") if row["status"]]
     except (ValueError, KeyError) as error:
         raise UserError(str(path), "a sweep's table", repr(error), "Run the sweep again with --resume") from None
+
+
+def _value(text: str) -> object:
+    """Return a number of a table as a number, other values as text."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if _is_number(value) and math.isfinite(value) else text
 
 
 def _config(path: Path) -> Record:
@@ -340,15 +339,8 @@ def telling(rows: pd.DataFrame, keys: Iterable[str]) -> list[str]:
 def words_of(rows: pd.DataFrame, keys: list[str]) -> list[str]:
     """Return `key=value, ...` for each row, with the keys that it has."""
     names = short_names(keys)
-    texts = {key: _shown(rows[key]) for key in keys}
+    texts = {key: short_texts(rows[key], key) for key in keys}
     return [", ".join(f"{names[k]}={texts[k][i]}" for k in keys if texts[k][i]) for i in range(len(rows))]
-
-
-def _shown(values: pd.Series) -> list[str]:
-    """Return texts with four digits if these distinguish the values, otherwise with ten."""
-    whole = values.map(as_text)
-    brief = values.map(lambda v: f"{v:.4g}" if isinstance(v, float) and v == v else as_text(v))
-    return (brief if brief.nunique() == whole.nunique() else whole).tolist()
 
 
 def _privacy(runs: pd.DataFrame, keys: list[str]) -> list[str]:
@@ -361,19 +353,21 @@ def _privacy(runs: pd.DataFrame, keys: list[str]) -> list[str]:
     rest = [*(key for key in keys if key not in shown), *(term for term in TERMS if term != "trust")]
     rest = words_of(runs, [key for key in rest if private[key].map(as_text).nunique() > 1])
     return [
-        ", ".join(part for part in (f"{row['trust']} trust", epsilon_of(row), others) if part)
+        ", ".join(part for part in (f"{row['trust']} trust", epsilon, others) if part)
         if row["private"]
         else "not private"
-        for row, others in zip(runs.to_dict("records"), rest, strict=True)
+        for row, epsilon, others in zip(runs.to_dict("records"), _epsilons(runs), rest, strict=True)
     ]
 
 
-def epsilon_of(row: Row) -> str:
-    """Return a run's epsilon in words: the requested value, or that of a given noise, rounded up."""
-    wanted = row.get("privacy.epsilon")
-    if _is_number(wanted) and wanted == wanted:
-        return f"ε ≤ {as_text(wanted)}"
-    return f"ε = {rounded_up(row['epsilon'])}" if row["epsilon"] == row["epsilon"] else "ε unknown"
+def _epsilons(runs: pd.DataFrame) -> list[str]:
+    """Return each run's epsilon in words: the requested value, or that of a given noise, rounded up."""
+    key = "privacy.epsilon"
+    wanted = short_texts(runs[key], key) if key in runs else [""] * len(runs)
+    return [
+        f"ε ≤ {asked}" if asked else f"ε = {rounded_up(got)}" if got == got else "ε unknown"
+        for asked, got in zip(wanted, runs["epsilon"], strict=True)
+    ]
 
 
 def _cohort_size(row: Row) -> float:

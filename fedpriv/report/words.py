@@ -9,8 +9,9 @@ import pandas as pd
 from fedpriv.privacy import rounded_up
 from fedpriv.report.analysis import Judge, Quantity
 from fedpriv.report.figures import MAX_SERIES
-from fedpriv.report.study import Row, Study, as_text
+from fedpriv.report.study import Row, Study
 from fedpriv.sweeps.tuning import about_tuning
+from fedpriv.tables import as_text, short_texts
 from fedpriv.tasks.metrics import METRICS, Metric
 
 __all__ = [
@@ -214,9 +215,10 @@ def points(points: float, *, relative: bool = False) -> str:
     return f"{int(points)} % of it" if relative else many(int(points), "point")
 
 
-def listed(values: Iterable[Any], maximum: int) -> str:
-    """Return the distinct values as text, ascending; beyond `maximum` values, only how many more there are."""
-    kept = {as_text(value): value for value in values if as_text(value)}
+def listed(values: Iterable[Any], maximum: int, key: str = "") -> str:
+    """Return the distinct values of a key as text, ascending; beyond `maximum` values, how many more there are."""
+    values = [value for value in values if as_text(value)]
+    kept = dict(zip(short_texts(values, key), values, strict=True))
     numbers = all(isinstance(value, int | float) for value in kept.values())
     texts = sorted(kept, key=(lambda text: float(kept[text])) if numbers else None)
     more = f" and {len(texts) - maximum} more" if len(texts) > maximum else ""

@@ -42,13 +42,13 @@ from fedpriv.report.study import (
     HYPERPARAMETERS,
     Row,
     Study,
-    as_text,
     load_study,
     not_covered,
     short_names,
     unreleased,
     words_of,
 )
+from fedpriv.tables import as_text
 from fedpriv.tasks.metrics import METRICS
 from fedpriv.version import __version__
 
@@ -294,7 +294,7 @@ class _Report:
         for key in (*self.study.varying(), "seed"):
             count = len({as_text(value) for value in self.study.runs[key]} - {""})
             if count > 1:
-                made.append((key, count, words.listed(self.study.runs[key], 12)))
+                made.append((key, count, words.listed(self.study.runs[key], 12, key)))
         return made
 
     def _best(self) -> dict[str, object]:
@@ -475,7 +475,7 @@ class _Report:
         higher = self.metric.better == "higher"
         low, high = float(np.nanmin(one.values)), float(np.nanmax(one.values))
         rows = []
-        for text, values, counts in zip(one.rows, one.values.tolist(), one.seeds.tolist(), strict=True):
+        for text, values, counts in zip(one.row_texts, one.values.tolist(), one.seeds.tolist(), strict=True):
             cells = [
                 {
                     "text": words.shown(value, self.metric),
@@ -484,7 +484,7 @@ class _Report:
                 }
                 if value == value
                 else None
-                for value, count, column in zip(values, counts, one.columns, strict=True)
+                for value, count, column in zip(values, counts, one.column_texts, strict=True)
             ]
             rows.append((text, cells))
         apart = self._apart("method", "privacy", "problem")
@@ -492,7 +492,7 @@ class _Report:
         told = " · ".join(group[name] for name in apart if group[name])
         mark = UNCOVERED if f"{self.judge}_{self.metric.name}" in self.uncovered else ""
         title = f"{told}: {row_key} and {column_key}{mark}"
-        return {"title": title, "row_key": row_key, "column_key": column_key, "columns": one.columns, "rows": rows}
+        return {"title": title, "row_key": row_key, "column_key": column_key, "columns": one.column_texts, "rows": rows}
 
     def _promises(self) -> _Shown:
         keys = ["privacy", "trust", "adjacency", "adversary", "accountant", "delta"]

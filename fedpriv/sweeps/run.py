@@ -17,6 +17,7 @@ import pandas as pd
 from fedpriv.checks import at_least_one
 from fedpriv.data.files import default_data_root
 from fedpriv.errors import UserError, require_extra
+from fedpriv.experiment.build import check_device_name
 from fedpriv.experiment.execution import cores
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.files import make_owners_folder
@@ -27,7 +28,7 @@ from fedpriv.sweeps.config import Sweep, Trial
 from fedpriv.sweeps.files import CHOSEN, DRAWN, FAILURE, GROUPS, STOPPED, TRIALS, status_of
 from fedpriv.sweeps.jobs import Began, Ended, Job
 from fedpriv.sweeps.stopping import group_of
-from fedpriv.sweeps.table import Best, TrialsTable, label
+from fedpriv.sweeps.table import Best, TrialsTable, labels
 from fedpriv.sweeps.trial import DiskTrouble, Manner, Tracking, TrialExecution, run_trial
 from fedpriv.sweeps.tuning import Tuning, choose_best, common_plan, draw_trials, score_of, scored_on
 from fedpriv.sweeps.tuning_score import noised_scores, streams_of
@@ -118,6 +119,7 @@ def run_sweep(
     execution, tracking = execution or TrialExecution(), tracking or Tracking()
     if jobs is not None:
         at_least_one("--jobs", jobs, "Give the number of trials at a time")
+    check_device_name(execution.device, "--device")
     if execution.on_ray:
         require_extra("--ray", "ray")
     _check_tuning(sweep, retry=retry, logs=tracking.logs)
@@ -155,11 +157,12 @@ def run_sweep(
             tracked={"group": sweep.name, "diagnostics": tracking.diagnostics},
         )
         left = {name: trial for name, trial in trials.items() if not status_of(out / TRIALS / name)}
+        called = labels(left)
         try:
-            with closing(_finish(left, out, manner, jobs, execution)) as happenings:
+            with closing(_finish(left, called, out, manner, jobs, execution)) as happenings:
                 for happened in happenings:
                     if happened is not None:
-                        _note(happened, state, table, left)
+                        _note(happened, state, table, called)
                         if sweep.tuning is None and happened[1] == "done":
                             state.best = table.best()
                     if watch is not None:
@@ -258,13 +261,18 @@ def _different(sweep: Sweep) -> tuple[dict[str, Trial], list[tuple[Trial, UserEr
 
 
 def _finish(
-    left: dict[str, Trial], out: Path, manner: Manner, jobs: int | None, execution: TrialExecution
+    left: dict[str, Trial],
+    called: dict[str, str],
+    out: Path,
+    manner: Manner,
+    jobs: int | None,
+    execution: TrialExecution,
 ) -> Generator[_Happened | None]:
     """Run trials; yield an event for each change, and None while waiting."""
     if not left:
         return
     folder = out.resolve() / TRIALS
-    work = (Job(n, run_trial, (t.config.tables, folder / n, label(t) or n, manner)) for n, t in left.items())
+    work = (Job(n, run_trial, (t.config.tables, folder / n, called[n] or n, manner)) for n, t in left.items())
     with closing(_side_by_side(work, jobs, execution)) as events:
         for event in events:
             if isinstance(event, Began):
@@ -303,12 +311,12 @@ def _ended(folder: Path, result: object) -> str:
     return status
 
 
-def _note(happened: _Happened, state: SweepState, table: TrialsTable, trials: dict[str, Trial]) -> None:
+def _note(happened: _Happened, state: SweepState, table: TrialsTable, called: dict[str, str]) -> None:
     name, status, complaints = happened
     if complaints:
         state.complaints[name] = complaints
     if status == "running":
-        state.running[name] = label(trials[name])
+        state.running[name] = called[name]
         return
     state.running.pop(name, None)
     state.count(status)

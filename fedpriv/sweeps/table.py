@@ -1,7 +1,7 @@
 """The table of a sweep's trials, `trials.csv`, built from their folders."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from fedpriv.experiment.run_directory import RunDirectory, flat_tables
 from fedpriv.files import write_atomically
 from fedpriv.sweeps.config import Trial
 from fedpriv.sweeps.files import FAILURE, STOPPED, TABLE, status_of
-from fedpriv.tables import Record
+from fedpriv.tables import Record, short_texts
 
-__all__ = ["Best", "TrialsTable", "best_settings", "label", "other_trials"]
+__all__ = ["Best", "TrialsTable", "best_settings", "labels", "other_trials"]
 
 _METRICS = ("epsilon", "rounds", "population", "parameters", "seconds")
 # The tables of a config that make the promise and the problem. Settings compete within one of each.
@@ -23,9 +23,11 @@ _PROBLEM = ("privacy", "data", "task", "devices")
 _SHARE = 0.01
 
 
-def label(trial: Trial) -> str:
-    """Return a short label with a trial's changes."""
-    return _values(flat_tables(trial.changes))
+def labels(trials: Mapping[str, Trial]) -> dict[str, str]:
+    """Return a short label with each trial's changes, by the trial's name."""
+    changes = {name: flat_tables(trial.changes) for name, trial in trials.items()}
+    texts = _texts(changes.values())
+    return {name: _values(changed, texts) for name, changed in changes.items()}
 
 
 def other_trials(table: pd.DataFrame, trials: Path) -> int:
@@ -72,14 +74,16 @@ def best_settings(rows: Mapping[str, Record], trials: Mapping[str, Trial]) -> li
     """
     found: dict[str, dict[str, list[float]]] = {}
     about: dict[str, tuple[str, bool, bool]] = {}
+    texts = _texts(flat_tables(trials[name].changes) for name in rows)
     for name, row in rows.items():
         config, changes = trials[name].config, flat_tables(trials[name].changes)
         score = f"{'test' if config.data.validation is None else 'validation'}_{config.task.selects.name}"
         if row["status"] != "done" or row.get(score) is None:
             continue
         common = {key: value for key, value in changes.items() if key.partition(".")[0] in _PROBLEM}
-        within = _values(common)
-        setting = _values({key: value for key, value in changes.items() if key not in common and key != "seed"})
+        within = _values(common, texts)
+        varied = {key: value for key, value in changes.items() if key not in common and key != "seed"}
+        setting = _values(varied, texts)
         found.setdefault(within, {}).setdefault(setting, []).append(row[score])
         covered = score not in row.get("not_covered", "").split(", ")
         about[within] = (score, config.task.selects.better == "higher", covered)
@@ -92,8 +96,21 @@ def best_settings(rows: Mapping[str, Record], trials: Mapping[str, Trial]) -> li
     return best
 
 
-def _values(changes: Mapping[str, object]) -> str:
-    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in changes.items())
+def _texts(all_changes: Iterable[Mapping[str, object]]) -> dict[tuple[str, str], str]:
+    """Return the text of each value of each key, to be shown, by the key and the value's own text."""
+    found: dict[str, dict[str, object]] = {}
+    for changes in all_changes:
+        for key, value in changes.items():
+            found.setdefault(key, {})[str(value)] = value
+    return {
+        (key, own): text
+        for key, values in found.items()
+        for own, text in zip(values, short_texts(values.values(), key), strict=True)
+    }
+
+
+def _values(changes: Mapping[str, object], texts: Mapping[tuple[str, str], str]) -> str:
+    return " ".join(f"{key.rpartition('.')[2]}={texts[key, str(value)]}" for key, value in changes.items())
 
 
 class TrialsTable:

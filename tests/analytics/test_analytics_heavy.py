@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
+from support.said import SAID, said_tables, write_said
 
 from fedpriv.analytics.heavy import OUE, local
 from fedpriv.analytics.heavy.local import NO_ITEM, ask_users, levels_of_users
@@ -28,26 +30,16 @@ from fedpriv.report.spent import spent_below
 from fedpriv.streams import Purpose, SeededStreams
 
 CLIENTS = 40
-SAID = ["the the a", "the cat", "a the", "", "cat's", "of the"]
 ASKED = HeavyHitters(top=2, length=4)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("words")
-    rows = [f"{client},{SAID[client % len(SAID)]}" for client in range(CLIENTS)]
-    (folder / "said.csv").write_text("\n".join(["who,sentence", *rows]) + "\n")
-    return folder
+    return write_said(tmp_path_factory.mktemp("words"), CLIENTS)
 
 
 def tables(**change: Any) -> dict[str, Any]:
-    made: dict[str, Any] = {
-        "name": "words",
-        "seed": 4,
-        "data": {"name": "words", "file": "said.csv", "client": "who", "partition": "natural"},
-        "analysis": {"frequent": {"kind": "heavy-hitters", "top": 2, "length": 4}},
-        "privacy": {"trust": "central", "epsilon": 3.0, "delta": 1e-5},
-    }
+    made = said_tables(4, trust="central", epsilon=3.0, delta=1e-5)
     for key, value in change.items():
         made[key] = {**made.get(key, {}), **value} if isinstance(value, dict) else value
     return {key: value for key, value in made.items() if value is not None}
@@ -267,6 +259,53 @@ def test_without_noise_the_true_words_are_found_and_nothing_is_promised(data: Pa
     held = [SAID[client % len(SAID)].split() for client in range(CLIENTS)]
     shares = [sum(words.count(word) / len(words) for words in held if words) / CLIENTS for word in ("the", "cat's")]
     assert found["answers"]["frequent"]["value"] == pytest.approx(shares, abs=1e-6)
+
+
+def test_the_folder_of_levels_is_refused_like_that_of_a_run(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "words"
+    found = run(tables(), out, data)
+    with pytest.raises(
+        UserError, match=rf"{out}: expected a folder without a run, .*started or finished\. Add --resume"
+    ):
+        run(tables(), out, data)
+    level = out / "level-1"
+    promise = (level / "privacy.json").read_bytes()
+    with pytest.raises(UserError, match="level-1: expected a folder without a run, got a folder with one"):
+        run(tables(), level, data)
+    assert (level / "privacy.json").read_bytes() == promise
+    again = HeavyAnalysis(tables()).run(
+        out, lambda _, at: json.loads((at / "analysis.json").read_text()), data_root=data, resume=True
+    )
+    assert again == found
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_ray_starts_once_for_all_levels_and_ends(
+    fails: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray, cluster = pytest.importorskip("ray"), pytest.importorskip("fedpriv.engines.ray.cluster")
+    happened = list[str]()
+    monkeypatch.setattr(ray, "is_initialized", lambda: happened.count("start") > happened.count("end"))
+    monkeypatch.setattr(ray, "init", lambda **_: happened.append("start"))
+    monkeypatch.setattr(ray, "shutdown", lambda: happened.append("end"))
+
+    def ask_on_ray(config: Config, out: Path) -> dict[str, Any]:
+        connection = cluster.connect(None)
+        try:
+            happened.append("level")
+            if fails:
+                raise KeyboardInterrupt
+            return ask(config, out, data)
+        finally:
+            connection.close()
+
+    analysis = HeavyAnalysis(tables())
+    levels = 1 if fails else len(analysis.asked.lengths)
+    with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+        analysis.run(tmp_path / "words", ask_on_ray, data_root=data)
+    assert happened == ["start", *(["level"] * levels), "end"]
+    cluster.connect(None).close()
+    assert happened[-2:] == ["start", "end"]
 
 
 def test_reports_promise_a_pure_epsilon_for_each_client(data: Path, tmp_path: Path) -> None:

@@ -431,6 +431,11 @@ def test_the_command_prints_answers_and_refuses_a_training(
     with pytest.raises(SystemExit):
         main(["analyze", "ask.toml", *common, "--resume", "--json"])
     assert json.loads(capsys.readouterr().out)["answers"]["scale"]["kind"] == "moments"
+    with pytest.raises(SystemExit) as again:
+        main(["analyze", "ask.toml", *common])
+    assert again.value.code == 2
+    finished = "expected a folder without a run, got this experiment, started or finished. Add --resume"
+    assert finished in " ".join(capsys.readouterr().err.split())
     with pytest.raises(SystemExit):
         main(["check", "ask.toml", "--data-root", str(data)])
     assert "fedpriv analyze ask.toml" in capsys.readouterr().out
@@ -441,6 +446,11 @@ def test_the_command_prints_answers_and_refuses_a_training(
     trained = {**tables(), "model": {"name": "softmax"}, "method": {"name": "dp-gd"}, "training": {"rounds": 1}}
     del trained["analysis"]
     (tmp_path / "train.toml").write_text(tomli_w.dumps(trained))
+    for code in (0, 2):
+        with pytest.raises(SystemExit) as again:
+            main(["run", "train.toml", *common, "--out", "runs/trained"])
+        assert again.value.code == code
+    assert finished in " ".join(capsys.readouterr().err.split())
     with pytest.raises(SystemExit) as refused:
         main(["analyze", "train.toml", *common])
     assert refused.value.code == 2

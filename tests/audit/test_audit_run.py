@@ -1,7 +1,9 @@
 """The attacked run is the original experiment, and the command writes a record for other programs."""
 
 import dataclasses
+import importlib.util
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -285,6 +287,20 @@ def test_the_command_writes_what_others_build_on(quick_file: str, tmp_path: Path
     assert "not guilty" in shown
     assert record["adversary"] in shown
     assert call("audit", quick_file, "--out", str(out)) == 2
+
+
+def test_an_audit_without_matplotlib_leaves_the_picture_out(
+    quick_file: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else known(name))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "fedpriv.audit.picture", raising=False)
+    out = tmp_path / "audit"
+    assert call("audit", quick_file, "--canaries", "20", "--out", str(out)) == 0
+    assert "picture     none: install 'fedpriv[report]' to draw it" in capsys.readouterr().out
+    assert json.loads((out / "audit.json").read_text())["canaries"] == 20
+    assert not (out / "audit.png").exists()
 
 
 def test_a_guilty_mechanism_is_exit_code_1(quick_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,7 @@ def test_the_core_alone_makes_a_plan_and_trains(tmp_path: Path) -> None:
         (("run", QUICKSTART, "--log", "mlflow"), "mlflow"),
         (("sweep", str(ROOT / "sim_configs" / "sweeps" / "quickstart.toml"), "--ray"), "ray"),
         (("report", "."), "report"),
-        (("audit", QUICKSTART), "report"),
+        (("audit", QUICKSTART), "data"),
         (("privacy", QUICKSTART, "--plot", "curve.png"), "report"),
         (("data", QUICKSTART), "data"),
         (("flower", ".", "--clients", "2"), "flower"),

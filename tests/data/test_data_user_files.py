@@ -153,6 +153,7 @@ def test_a_table_goes_through_a_config_and_back(folder):
         ({"numeric": None, "categories": None, "fill": None}, r"^data\.numeric: expected at least one column"),
         ({"file": "absent.csv"}, r"^data\.file: expected an existing file"),
         ({"file": None}, r"^data\.file: expected a path"),
+        ({"test": None, "file": "many.csv"}, r"^data\.test: expected a data set with public test examples"),
         ({"test": "public", "file": "many.csv"}, r"^data\.test: expected a data set with public test examples"),
     ],
 )

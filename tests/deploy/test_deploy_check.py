@@ -166,6 +166,11 @@ DAMAGE = {
         lambda d: change(d / "node-0" / "fedpriv-client.toml", "epsilon = 8.0", "epsilon = -1"),
         "limits.epsilon: expected a finite number above 0",
     ),
+    "device": (
+        "node-0",
+        lambda d: change(d / "node-0" / "node.toml", '# device = "cuda"', 'device = "gpu"  #'),
+        "device: expected cpu, cuda, cuda:0, mps, ..., got 'gpu'. Write cuda.",
+    ),
     "data folder": (
         "node-0",
         lambda d: change(d / "node-0" / "node.toml", '# data-root = "/path/to/data"', 'data-root = "/none/data"'),

@@ -420,6 +420,20 @@ def test_different_noises_compose_like_one_gaussian(device: Device) -> None:
     assert spent(Ledger(device.folder).entries(), 1e-5, "replace") == pytest.approx(together.epsilon, rel=1e-9)
 
 
+def test_the_account_says_how_runs_without_local_trust_are_added(tmp_path: Path) -> None:
+    device, told = Device(policy(trust="central"), tmp_path / "state"), {"trust": "central", "delta": 1e-6}
+    words = "added       by basic composition, an upper bound: the epsilons and deltas of "
+    ask(device, instructions(noise_stddev=0.0), terms(**told))
+    assert words not in account_of(device.folder, 1000.0, 1e-5, "replace")
+    ask(device, instructions(noise_stddev=0.0), terms(**told, run="r2"))
+    alone = spent(Ledger(device.folder).entries()[:1], 1e-5, "replace")
+    assert spent(Ledger(device.folder).entries(), 1e-5, "replace") == pytest.approx(2.0 * alone)
+    assert f"{words}each of 2 runs without local trust" in account_of(device.folder, 1000.0, 1e-5, "replace")
+    ask(device, instructions(), terms(run="r3"))
+    more = ", and of all messages with this client's own noise"
+    assert f"{words}each of 2 runs without local trust{more}" in account_of(device.folder, 1000.0, 1e-5, "replace")
+
+
 def test_the_policy_and_not_the_server_says_what_neighbours_are(device: Device) -> None:
     """A release with an add-or-remove guarantee costs as much as under replacement, with the same minimum of noise."""
     ask(device, instructions(noise_stddev=1.0), terms(adjacency="add-or-remove"))

@@ -37,7 +37,7 @@ from fedpriv.engines.ray.host import Host, Partial, merged, pack, unpack
 from fedpriv.engines.ray.owners import Owners
 from fedpriv.engines.ray.snapshots import KeepSnapshots, Snapshots
 from fedpriv.engines.secure_sum import SecureSum
-from fedpriv.errors import UserError
+from fedpriv.errors import EngineStartError, UserError
 from fedpriv.methods import ServerState
 from fedpriv.privacy import AggregationChoice, Everyone, FixedSize, Poisson
 from fedpriv.rounds import Broadcast, Total, begin_round, finish_round, skip_round
@@ -772,6 +772,28 @@ def test_what_ray_is_asked_for(address: str | None, cpus: int | None, monkeypatc
     else:
         assert options["address"] == "auto"
         assert not {"num_cpus", "object_store_memory"} & set(options)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (Exception("The current node timed out during startup."), "Ray to start within 30 seconds"),
+        (RuntimeError("no port is free"), "a Ray that starts, got RuntimeError: no port is free. Use another engine"),
+    ],
+)
+def test_a_ray_that_does_not_start_is_an_error_of_its_own_type(
+    error: Exception, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", failing)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with pytest.raises(EngineStartError, match=line):
+        connect(None)
+    with pytest.raises(EngineStartError, match=r"no port is free|timed out"):
+        connect("auto")
 
 
 @pytest.mark.parametrize("case", ["control variates", "public memory"])

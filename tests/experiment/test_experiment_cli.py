@@ -25,6 +25,7 @@ from fedpriv.tasks.models import MODELS
 
 QUICKSTART = str(Path(__file__).parents[2] / "sim_configs" / "quickstart.toml")
 
+ANALYSIS = str(Path(QUICKSTART).parent / "analysis.toml")
 SWEEP = str(Path(QUICKSTART).parent / "sweeps" / "quickstart.toml")
 
 
@@ -34,6 +35,22 @@ def call(*arguments: str) -> int:
     code = stopped.value.code
     assert isinstance(code, int)
     return code
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("run", QUICKSTART), ("check", QUICKSTART), ("audit", QUICKSTART), ("sweep", SWEEP), ("analyze", ANALYSIS)],
+)
+@pytest.mark.parametrize("device", ["gpu", "GPU:0"])
+def test_a_wrong_name_of_a_device_is_a_short_line(
+    arguments: tuple[str, ...], device: str, capsys: pytest.CaptureFixture[str], tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    assert call(*arguments, "--device", device) == 2
+    line = f"fedpriv: --device: expected cpu, cuda, cuda:0, mps, ..., got {device!r}. Write cuda."
+    assert " ".join(capsys.readouterr().err.split()).endswith(line.removeprefix("fedpriv: "))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

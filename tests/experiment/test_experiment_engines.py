@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedpriv.engines import LoopEngine, VectorizedEngine
 from fedpriv.engines.fused_noise import FusedNoise, can_fuse, without_noise
-from fedpriv.errors import UserError
+from fedpriv.errors import EngineStartError, UserError
 from fedpriv.experiment import execution as engines
 from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import parse_config
@@ -127,7 +127,7 @@ def test_few_clients_do_not_start_workers_and_long_runs_do() -> None:
 
 def test_auto_does_without_ray_if_it_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(*_: object) -> None:
-        raise UserError("--engine", "Ray to start within 30 seconds", "a computer that takes longer", "Wait")
+        raise EngineStartError("--engine", "Ray to start within 30 seconds", "a computer that takes longer", "Wait")
 
     monkeypatch.setattr(engines, "_workers_pay", lambda *_: True)
     monkeypatch.setattr(engines, "_ray", slow)

@@ -299,9 +299,12 @@ def test_files_of_another_kind_are_named(
     assert wanted in line_of(capsys, "check", config, "--data-root", tmp_path)
 
 
-def test_auto_hides_no_error_but_those_of_starting_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["model.name", "workers.py: build"])
+def test_auto_hides_no_error_but_those_of_starting_ray(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def failing(*_: object) -> None:
-        raise UserError("model.name", "a model that can be made", "RuntimeError", "Correct it")
+        raise UserError(where, "a model that can be made", "RuntimeError", "Correct it")
 
     monkeypatch.setattr(engines, "_workers_pay", lambda *_: True)
     monkeypatch.setattr(engines, "_ray", failing)

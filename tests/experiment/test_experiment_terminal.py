@@ -81,7 +81,7 @@ def comparison(runs: int) -> dict[str, dict[str, str]]:
     common = {"epsilon": "8.0", "trust": "central", "method": "dp-fedavg"}
     return {
         f"runs/sweep/trials/{number:012x}": {
-            "method.beta": f"{0.0464158883361 * number}",
+            "method.beta": f"{0.0464158883361 * number:.4g}",
             "data.partition": "[1] of several texts",
             "test_accuracy": f"{0.5 + 0.001 * number:.6g}",
             **common,
@@ -98,9 +98,9 @@ def test_fifteen_runs_are_lines_of_a_table(capsys: pytest.CaptureFixture[str]) -
     assert max(map(len, lines)) <= 80
     assert lines[0].split()[:3] == ["run", "test_accuracy", "beta"]
     (row,) = [line.split() for line in lines if line.startswith("00000000000e")][:1]
-    assert row[1:3] == ["0.514", "0.649822"]
+    assert row[1:3] == ["0.514", "0.6498"]
     same = " ".join(lines).split("same  ")[1].split()
-    assert " ".join(same) == "data.partition [1] of several texts, epsilon 8, trust central, method dp-fedavg"
+    assert " ".join(same) == "data.partition [1] of several texts, epsilon 8.0, trust central, method dp-fedavg"
 
 
 def test_few_runs_are_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from flower_in_process import InProcessGrid, inside_a_run
 from flwr.app import ArrayRecord, ConfigRecord
+from support.said import said_tables, write_said
 
 from clients.client_app import app
 from fedpriv.experiment.analyses.heavy import HeavyAnalysis
@@ -21,28 +22,16 @@ from fedpriv.runners import run_experiment as run_on_any_engine
 from strategies.server_app import make_strategy
 
 CLIENTS = 12
-SAID = ["the the a", "the cat", "a the", "", "cat's", "of the"]
 TRUSTS = ["central", "aggregator"]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("words")
-    rows = [f"{client},{SAID[client % len(SAID)]}" for client in range(CLIENTS)]
-    (folder / "said.csv").write_text("\n".join(["who,sentence", *rows]) + "\n")
-    return folder
+    return write_said(tmp_path_factory.mktemp("words"), CLIENTS)
 
 
 def words(trust: str) -> HeavyAnalysis:
-    return HeavyAnalysis(
-        {
-            "name": "words",
-            "seed": 4,
-            "data": {"name": "words", "file": "said.csv", "client": "who", "partition": "natural"},
-            "analysis": {"frequent": {"kind": "heavy-hitters", "top": 2, "length": 3}},
-            "privacy": {"trust": trust, "epsilon": 50.0, "delta": 1e-5},
-        }
-    )
+    return HeavyAnalysis(said_tables(3, trust=trust, epsilon=50.0, delta=1e-5))
 
 
 @pytest.mark.parametrize("trust", TRUSTS)

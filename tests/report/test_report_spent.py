@@ -216,10 +216,27 @@ def test_a_run_without_privacy_leaves_its_clients_without_a_bound(tmp_path: Path
 def test_a_run_without_privacy_that_released_nothing_costs_nothing(tmp_path: Path) -> None:
     record(tmp_path / "a")
     record(tmp_path / "open", "privacy=", released=0)
-    shutil.copytree(tmp_path / "a", tmp_path / "dead")
-    for name in ("privacy.json", "rounds.jsonl", "summary.json"):
-        (tmp_path / "dead" / name).unlink()
     assert only(tmp_path).total.epsilon == only(tmp_path).runs[0].epsilon_after(6)
+
+
+def test_runs_that_failed_before_their_plan_are_one_group_with_words(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    record(tmp_path / "a")
+    for number in range(3):
+        directory = record(tmp_path / f"dead {number}", f"seed={7 + number}", released=0)
+        for name in ("privacy.json", "rounds.jsonl"):
+            directory.file(name).unlink()
+    alone, early = groups = spent_below(tmp_path)
+    assert [run.name for run in alone.runs] == ["a"]
+    assert [run.name for run in early.runs] == ["dead 0", "dead 1", "dead 2"]
+    assert early.total.epsilon == 0.0
+    json.dumps(early.as_dict(), allow_nan=False)
+    assert notes_on(groups) == notes_on([alone])
+    assert call("privacy", "--spent", str(tmp_path)) == 0
+    shown = capsys.readouterr().out
+    words = "ended before a privacy plan was recorded; nothing was released or spent:"
+    assert f"{words}\n  dead 0\n  dead 1\n  dead 2\n" in shown
+    assert "no privacy" not in shown
 
 
 def test_noise_too_small_to_promise_anything_is_no_bound_either(tmp_path: Path) -> None:

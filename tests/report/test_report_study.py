@@ -6,8 +6,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from support.report_runs import CENTRAL, DEVICES, fedavg, run_trial
+from support.report_runs import CENTRAL, DEVICES, fedavg, normec, run_trial
 
+from fedpriv.cli import main
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import parse_config
 from fedpriv.experiment.progress import RoundProgress, pace
@@ -72,6 +73,38 @@ def test_promises_differ_where_an_adjacency_that_nobody_wrote_does(tmp_path: Pat
     table = against(settings_table(load_study(tmp_path), "test"), epsilon, "test")
     assert set(table["series"]) == {"dp-fedavg · adjacency=add-or-remove", "dp-fedavg · adjacency=replace"}
     assert list(compare_runs([tmp_path / "a", tmp_path / "c"]).loc["adjacency"]) == ["add-or-remove", "replace"]
+
+
+def test_parameters_are_shown_with_few_digits_and_kept_with_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alphas, betas = (0.0464158883361, 1.0), (0.2154434690032, 0.00100001, 0.00100002)
+    settings = [(a, b) for a in alphas for b in betas]
+    runs = [record(tmp_path / f"run {n}", method=normec(*s)) for n, s in enumerate(settings)]
+    for run, epsilon in zip(runs, (0.4641288833613, *(2.0 for _ in runs)), strict=False):
+        plain = run / "config.toml"
+        plain.write_text(plain.read_text() + f'[privacy]\nepsilon = {epsilon}\ndelta = 1e-5\ntrust = "central"\n')
+    (tmp_path / "trials.csv").write_text("trial,status,method.alpha,reason\nleft,left,0.0464158883361,\n")
+    study = load_study(tmp_path)
+    assert set(study.runs["privacy"]) == {"central trust, ε ≤ 0.4642", "central trust, ε ≤ 2"}
+    assert study.trials["method.alpha"].map(type).eq(float).all()
+    page = write_report(tmp_path, tmp_path / "report")
+    before, _, embedded = page.read_text().partition('<script type="application/json" id="data">')
+    data = json.loads(embedded.partition("</script>")[0])
+    assert "0.046415888" in json.dumps(data.pop("tables"))
+    figures = [file.read_text() for file in (page.parent / "figures").glob("*.svg")]
+    shown = " ".join([before, json.dumps(data), *figures])
+    assert "0.0464158" not in shown
+    assert "0.46412" not in shown
+    assert all(text in shown for text in ("0.04642", "0.2154", "0.00100001", "0.00100002"))
+    assert "0.04641588834" in (page.parent / "tables" / "heat_maps.csv").read_text()
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", *map(str, runs)])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert "0.0464158" not in printed
+    assert all(text in printed for text in ("0.04642", "0.00100001", "0.00100002", "0.4642"))
+    assert "0.0464158883361" in compare_runs(runs).to_csv()
 
 
 def test_an_expected_cohort_is_that_of_the_account_and_of_the_schedule(tmp_path: Path) -> None:

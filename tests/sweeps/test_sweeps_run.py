@@ -28,7 +28,7 @@ from fedpriv.sweeps.config import Axis, Trial, load_sweep
 from fedpriv.sweeps.jobs import Ended, Job, JobDied
 from fedpriv.sweeps.live import SweepTable
 from fedpriv.sweeps.run import SweepState, run_sweep
-from fedpriv.sweeps.table import Best, best_settings
+from fedpriv.sweeps.table import Best, best_settings, labels
 from fedpriv.sweeps.trial import Tracking, TrialExecution
 
 SWEEPS = Path(__file__).parents[2] / "sim_configs" / "sweeps"
@@ -496,6 +496,17 @@ def trial_row(score: float | None, status: str = "done", **changes: Any) -> tupl
     return trial, {"status": status, "test_accuracy": score}
 
 
+def test_labels_have_few_digits_but_enough_to_tell_trials_apart() -> None:
+    pairs = [
+        trial_row(0.5, method__beta=0.0464158883361, method__clip_norm=0.50001),
+        trial_row(0.4, method__beta=0.1, method__clip_norm=0.50002),
+    ]
+    trials = {str(i): trial for i, (trial, _) in enumerate(pairs)}
+    assert list(labels(trials).values()) == ["beta=0.04642 clip_norm=0.50001", "beta=0.1 clip_norm=0.50002"]
+    (best,) = best_settings({str(i): row for i, (_, row) in enumerate(pairs)}, trials)
+    assert best.setting == "beta=0.04642 clip_norm=0.50001"
+
+
 def test_the_best_setting_has_the_best_mean_within_its_promise() -> None:
     pairs = [
         trial_row(0.9, method__server_lr=0.1, privacy__epsilon=8.0, seed=1),
@@ -509,8 +520,8 @@ def test_the_best_setting_has_the_best_mean_within_its_promise() -> None:
     trials = {str(i): trial for i, (trial, _) in enumerate(pairs)}
     rows = {str(i): row for i, (_, row) in enumerate(pairs)}
     assert [str(best) for best in best_settings(rows, trials)] == [
-        "server_lr=0.5 (epsilon=8.0): test_accuracy 0.65, mean of 2 seeds",
-        "server_lr=0.1 (epsilon=100.0): test_accuracy 0.95",
+        "server_lr=0.5 (epsilon=8): test_accuracy 0.65, mean of 2 seeds",
+        "server_lr=0.1 (epsilon=100): test_accuracy 0.95",
     ]
     marked = [{**row, "not_covered": "test_loss, test_accuracy"} for _, row in pairs]
     best = best_settings({str(i): row for i, row in enumerate(marked)}, trials)[0]

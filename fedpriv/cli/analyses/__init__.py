@@ -41,6 +41,7 @@ def analyze(
     from fedpriv.cli.analyses.print_answers import print_answers
     from fedpriv.experiment.analyses.answers import ANALYSIS_FILE
     from fedpriv.experiment.analyses.heavy import HeavyAnalysis, asks_heavy_hitters
+    from fedpriv.experiment.build import check_device_name
     from fedpriv.experiment.config import Config, load_config, read_tables
     from fedpriv.experiment.execution import ENGINE_NAMES, Execution
     from fedpriv.experiment.run_directory import RunDirectory
@@ -48,6 +49,7 @@ def analyze(
     from fedpriv.tables import Record
 
     name = one_of("--engine", engine, ENGINE_NAMES)
+    check_device_name(device, "--device")
 
     def ask(asked: Config, directory: Path) -> Record | None:
         """Run one analysis; return its answers, or None if they are on another machine."""

@@ -26,8 +26,9 @@ class Texts:
 
     Args:
         file: The texts; a path from the data root.
-        test_file: Public test texts. Without it, a fifth of each natural client's examples is held out; without natural
-            clients, a fifth of each label's examples.
+        test_file: Public test texts. Without it, a fifth of the texts is held out to test on: of each natural client,
+            or without natural clients, of each label. With `partition = "natural"`, `data.test` is then required:
+            `"within"` tests on that fifth, `"clients"` on all texts of a fifth of the clients instead.
         tokenizer: A `tokenizer.json` of the library tokenizers, or a folder with one; from the current directory, or
             from the package's folder.
         package: Import name of an installed package that holds the tokenizer; None for none.

@@ -101,6 +101,7 @@ def check_node_folder(folder: Path) -> list[Finding]:
         *judge(NODE_TOML, lambda: f"for {NodeSettings.read(folder / NODE_TOML).superlink}"),
         *judge("node key", lambda: key_pair(folder)),
         *judge("policy", lambda: _policy(folder)),
+        *_device(folder),
         *_data(folder),
         *check_versions(folder),
     ]
@@ -109,6 +110,20 @@ def check_node_folder(folder: Path) -> list[Finding]:
     with suppress(UserError):  # already a finding
         findings += _space(folder, load_policy(folder / POLICY_FILE))
     return findings
+
+
+def _device(folder: Path) -> list[Finding]:
+    """Check that torch can use the device that `node.toml` names."""
+    from fedpriv.experiment.build import check_device  # imports torch
+
+    def usable() -> str:
+        check_device(device, "device")
+        return device
+
+    device = ""
+    with suppress(UserError):  # already a finding
+        device = NodeSettings.read(folder / NODE_TOML).device
+    return judge("device", usable) if device else []
 
 
 def _data(folder: Path) -> list[Finding]:

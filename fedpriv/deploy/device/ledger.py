@@ -335,7 +335,20 @@ def account_of(folder: Path, epsilon: float, delta: float, adjacency: Adjacency,
         much = "the whole budget" if math.isinf(charged) else f"epsilon {in_words(charged)}"
         lines.append(f"charged     {much} for releases that a restored copy lacked")
     total = f"epsilon {all_runs} of {epsilon:g} at delta = {delta:g}, {adjacency} adjacency, for one {unit}"
-    return "\n".join([*lines, f"spent       {total}, all runs together", *against])
+    added = _composition(entries, charged, adjacency, unit)
+    return "\n".join([*lines, f"spent       {total}, all runs together", *added, *against])
+
+
+def _composition(entries: Sequence[Entry], charged: float, adjacency: Adjacency, unit: UnitName) -> list[str]:
+    """Return a line about the sum of several guarantees; none if there is one guarantee, or no guarantee."""
+    central = len(_by_others(entries, adjacency, unit))
+    parts = [f"each of {central} runs without local trust" if central > 1 else "the run without local trust"]
+    parts = parts if central else []
+    parts += ["all messages with this client's own noise"] if any(e.charges_participations for e in entries) else []
+    parts += ["the charge"] if charged else []
+    if max(central, len(parts)) < 2 or any(entry.trust_rules is None for entry in entries):
+        return []
+    return [f"added       by basic composition, an upper bound: the epsilons and deltas of {', and of '.join(parts)}"]
 
 
 def _plan_of(entry: Entry, unit: UnitName, adjacency: Adjacency) -> PrivacyPlan:

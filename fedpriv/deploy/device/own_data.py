@@ -111,7 +111,7 @@ def _signal_of_file(
     received: tuple[Tensor, Tensor | None, ClientState | None],
 ) -> Tensor:
     model, offset, state = received
-    check_device(run.device)
+    check_device(run.device, "device")
     with labels_as(config.task.labels):
         inputs, labels, classes = read_own_data(path)
     config.task.check_labels(str(path), labels, classes)

@@ -17,7 +17,8 @@ from typing import NamedTuple, TextIO
 
 import ray
 
-from fedpriv.errors import UserError
+from fedpriv.engines.ray import KEPT
+from fedpriv.errors import EngineStartError
 from fedpriv.files import lock_file
 
 __all__ = ["Connection", "Need", "connect", "quiet", "remove_abandoned", "room"]
@@ -70,7 +71,7 @@ class Connection(NamedTuple):
 def connect(address: str | None, store_bytes: int | None = None, cpus: int | None = None) -> Connection:
     """Use the Ray of this process; without one, join the Ray at `address`; without an address, start a local Ray.
 
-    No other function of fedpriv starts or joins a Ray.
+    No other function of fedpriv starts or joins a Ray. Within `one_ray`, that context closes the connection.
 
     Args:
         address: HOST:PORT as `ray start --head` prints it, or `auto` for one on this machine; None to start one.
@@ -78,10 +79,18 @@ def connect(address: str | None, store_bytes: int | None = None, cpus: int | Non
         cpus: Number of cores of a Ray that is started; None for all cores of the machine.
 
     Raises:
-        UserError: If there is no Ray at `address`, its version differs, or a new one does not start in time.
+        EngineStartError: If there is no Ray at `address`, its version differs, or a new one does not start.
     """
     if ray.is_initialized():
         return Connection(ours=False, folder=None)
+    made, keeper = _made(address, store_bytes, cpus), KEPT.get()
+    if keeper is None:
+        return made
+    keeper.callback(made.close)
+    return Connection(ours=False, folder=None)
+
+
+def _made(address: str | None, store_bytes: int | None, cpus: int | None) -> Connection:
     if address is not None:
         _join(address)
         return Connection(ours=True, folder=None)
@@ -103,13 +112,18 @@ def connect(address: str | None, store_bytes: int | None = None, cpus: int | Non
             gc.collect()  # collects files that Ray left open, while warnings are off
     except BaseException as error:
         Connection(ours=True, folder=folder, alive=alive).close()
-        if _TIMED_OUT in str(error):
-            remedy = "Run again while the computer has less to do, or use another engine"
-            raise UserError(
-                "--engine", "Ray to start within 30 seconds", "a computer that takes longer", remedy
-            ) from None
-        raise
+        if not isinstance(error, Exception):
+            raise
+        raise _not_started(error) from error
     return Connection(ours=True, folder=folder, alive=alive)
+
+
+def _not_started(error: Exception) -> EngineStartError:
+    if _TIMED_OUT in str(error):
+        remedy = "Run again while the computer has less to do, or use another engine"
+        return EngineStartError("--engine", "Ray to start within 30 seconds", "a computer that takes longer", remedy)
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
+    return EngineStartError("--engine", "a Ray that starts", reason, "Use another engine, or reinstall Ray")
 
 
 def remove_abandoned(place: Path) -> None:
@@ -162,7 +176,7 @@ def _join(address: str) -> None:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
                 gc.collect()
                 return
-            except (RuntimeError, ConnectionError, ValueError) as error:
+            except Exception as error:
                 reason = " ".join(str(error).split())[:300].rstrip(".")
     raise _no_ray(address, "a running Ray of the same version", reason)
 
@@ -182,9 +196,9 @@ def _probe(host: str, port: int, address: str) -> str | None:
     return None
 
 
-def _no_ray(address: str, expected: str, got: str) -> UserError:
+def _no_ray(address: str, expected: str, got: str) -> EngineStartError:
     remedy = "Start one with `ray start --head` and give the address that it prints, or omit it to use this machine"
-    return UserError(f"Ray at {address}", expected, got, remedy)
+    return EngineStartError(f"Ray at {address}", expected, got, remedy)
 
 
 def _short_folder() -> str:

@@ -40,7 +40,7 @@ from fedpriv.engines.ray.cluster import Need, connect, quiet, room
 from fedpriv.engines.ray.host import Failure, Host, MakeLocal, Partial, Versions, merged, pack, unpack
 from fedpriv.engines.ray.owners import Owners, Unit, client_costs
 from fedpriv.engines.ray.snapshots import KeepSnapshots, Snapshots
-from fedpriv.errors import UserError
+from fedpriv.errors import EngineStartError, UserError
 from fedpriv.methods import has_memory, message_size
 from fedpriv.rounds import Broadcast, Total
 from fedpriv.tasks.task import Forward
@@ -333,7 +333,7 @@ class RayEngine:
         except _LostError as lost:
             reason = next(iter(lost.workers.values()))
             remedy = "Install fedpriv on all machines, and read the logs of Ray"
-            raise UserError("workers", "processes that start", reason, remedy) from None
+            raise EngineStartError("workers", "processes that start", reason, remedy) from None
         if late:
             raise _no_room(self._needs, len(self._needs) - len(late), "now because other programs use the rest")
 
@@ -494,20 +494,20 @@ def _needs(workers: int, cpus: float, gpus: float | Sequence[float]) -> list[Nee
     return [Need(float(cpus), share) for share in shares]
 
 
-def _no_room(needs: list[Need], fit: int, when: str = "") -> UserError:
+def _no_room(needs: list[Need], fit: int, when: str = "") -> EngineStartError:
     total = ray.cluster_resources()
     cpus, gpus = sum(need.cpus for need in needs), sum(need.gpus for need in needs)
     machines = sum(bool(node["Alive"]) for node in ray.nodes())
     there = f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs on {machines} machine(s)"
     expected = f"room for {len(needs)} workers with {cpus:g} CPUs and {gpus:g} GPUs in all"
     got = " ".join(f"{there} with room for {fit} {when}".split())
-    return UserError("workers", expected, got, "Use fewer workers, or a smaller share for each")
+    return EngineStartError("workers", expected, got, "Use fewer workers, or a smaller share for each")
 
 
 def _check_versions(there: Versions) -> None:
     if there != Versions.here():
         remedy = "Install the same versions on all machines"
-        raise UserError("workers", f"the same versions ({Versions.here()})", there, remedy)
+        raise EngineStartError("workers", f"the same versions ({Versions.here()})", there, remedy)
 
 
 class _Termination:

@@ -22,6 +22,7 @@ from fedpriv.analytics.heavy.tree import Estimates, HeavyHitters, Tally, answer_
 from fedpriv.checks import is_real
 from fedpriv.data.federation import Holders
 from fedpriv.data.text.words import Words
+from fedpriv.engines.ray import one_ray
 from fedpriv.errors import UserError
 from fedpriv.experiment.analyses.answers_file import ANALYSIS_FILE
 from fedpriv.experiment.analyses.clients import clients_of
@@ -177,7 +178,8 @@ class HeavyAnalysis:
             data_root: The folder of the data sets; None uses the environment's setting.
             resume: Resume, or return the answers of a finished analysis.
         """
-        return (self._run_reports if self.local else self._run_levels)(out, run_level, data_root, resume)
+        with one_ray():
+            return (self._run_reports if self.local else self._run_levels)(out, run_level, data_root, resume)
 
     def _run_reports(self, out: Path, run_level: RunLevel, data_root: Path | None, resume: bool) -> dict[str, object]:
         directory = RunDirectory(out)
@@ -210,6 +212,7 @@ class HeavyAnalysis:
         return {**kept, "analysis": analysis, "privacy": promise, "training": {"rounds": 1}}
 
     def _run_levels(self, out: Path, run_level: RunLevel, data_root: Path | None, resume: bool) -> dict[str, object]:
+        _refuse_other(out, resume=resume)
         plan, tally = self._plan(data_root), Tally(self.asked)
         kept, spent, last, extended = None, 0.0, dict[str, object](), list[int]()
         for level, letters in enumerate(self.asked.lengths):
@@ -252,6 +255,15 @@ class HeavyAnalysis:
             "analyses": None,
             "answers": {self.asked.name: {"kind": self.asked.kind, **answer, **cost}},
         }
+
+
+def _refuse_other(out: Path, *, resume: bool) -> None:
+    """Raise UserError if the folder of all levels holds a run, or an analysis that `resume` does not continue."""
+    if RunDirectory(out).file("config.toml").exists():
+        raise UserError(str(out), "a folder without a run", "a folder with one", "Choose another --out")
+    if levels_folder(out, 0).exists() and not resume:
+        remedy = "Add --resume (in Python, resume=True) to continue it, or choose another --out"
+        raise UserError(str(out), "a folder without a run", "an analysis, started or finished", remedy)
 
 
 def drawn_words(federation: Holders, length: int, streams: SeededStreams) -> np.ndarray:

@@ -24,7 +24,7 @@ from flwr.app import Array, Message
 
 from fedpriv.checks import at_least_one
 from fedpriv.engines import one_thread
-from fedpriv.errors import UserError
+from fedpriv.errors import EngineStartError, UserError
 from fedpriv.flower.apps.folder import import_component
 from fedpriv.flower.apps.virtual_clients import FIRST_NODE, Population, VirtualClients
 from fedpriv.flower.internals.app import copy_message
@@ -228,10 +228,10 @@ def _connected(ray: ModuleType, workers: Workers, count: int) -> "Connection":
         _probe(workers.address)
     try:
         connection = connect(workers.address or None, cpus=count)
-    except UserError:
-        raise
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise UserError("Ray", "it to start", _first_line(error), "Try without --workers") from None
+    except EngineStartError as error:
+        if error.__cause__ is None:
+            raise
+        raise UserError("Ray", "it to start", _first_line(error.__cause__), "Try without --workers") from None
     try:
         _check_resources(ray, workers, count)
     except BaseException:
