@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fedpriv.checks import require_representable
+from fedpriv.checks import plain_numbers, require_representable
 from fedpriv.vectors import norm
 
 __all__ = [
@@ -87,6 +87,7 @@ class Clip:
 
     def __post_init__(self) -> None:
         require_representable("method.clip_norm", self.clip_norm)
+        plain_numbers(self)
 
     @property
     def l2_bound(self) -> float:
@@ -134,6 +135,7 @@ class SmoothedNormalization:
 
     def __post_init__(self) -> None:
         require_representable("method.alpha", self.alpha)
+        plain_numbers(self)
 
     @property
     def l2_bound(self) -> float:

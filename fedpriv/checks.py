@@ -4,11 +4,15 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import fields
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TypeGuard, TypeVar
+from typing import TYPE_CHECKING, TypeGuard, TypeVar
 
 from fedpriv.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 __all__ = [
     "at_least_one",
@@ -41,19 +45,27 @@ def is_whole(value: object, low: float = -math.inf, high: float = math.inf) -> T
 
 def is_real(value: object, low: float = -math.inf, high: float = math.inf) -> bool:
     """Return True for a finite number (Python or numpy, not bool) from `low` to `high`."""
-    real = isinstance(value, Real) and not isinstance(value, bool)
-    return real and -math.inf < value < math.inf and low <= value <= high  # type: ignore[operator]
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    number = value if isinstance(value, int) else float(value)  # a float16 cannot be compared with 1e20
+    return -math.inf < number < math.inf and low <= number <= high
 
 
-def plain_numbers(record: object, *names: str) -> None:
-    """Replace numpy's numbers in fields of a frozen dataclass by Python's, of equal value.
+def plain_numbers(record: "DataclassInstance") -> None:
+    """Replace numpy's numbers in the fields of a frozen dataclass, also in tuples, by Python's of equal value.
 
-    Arithmetic of a float16 or float32 with Python's numbers stays as coarse, and so would an epsilon.
+    Arithmetic of a float16 or float32 with Python's numbers stays as coarse, and so would a bound or an epsilon.
     """
-    for name in names:
-        value = getattr(record, name)
-        if isinstance(value, Real) and not isinstance(value, bool):
-            object.__setattr__(record, name, int(value) if isinstance(value, Integral) else float(value))
+    for part in fields(record):
+        value = getattr(record, part.name)
+        plain = tuple(map(_plain, value)) if type(value) is tuple else _plain(value)
+        object.__setattr__(record, part.name, plain)
+
+
+def _plain(value: object) -> object:
+    if not isinstance(value, Real) or type(value) in (bool, int, float):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def one_of(where: str, value: str, known: Sequence[WordT]) -> WordT:
@@ -154,7 +166,7 @@ def require_representable(key: str, value: float) -> None:
     if not is_real(value) or value <= 0.0:
         got = value if isinstance(value, Real) else repr(value)
         raise UserError(key, "a positive number", got, f"Set {key} above 0")
-    if not 1e-20 <= value <= 1e20:
+    if not 1e-20 <= float(value) <= 1e20:
         remedy = f"Choose {key} in this range: beyond it, float32 rounds to zero or infinity"
         raise UserError(key, "a number from 1e-20 to 1e20", value, remedy)
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fedpriv.analytics.heavy import prefixes as words
 from fedpriv.analytics.tree import cumulative
+from fedpriv.checks import plain_numbers
 from fedpriv.errors import UserError, nearest, plural
 
 __all__ = [
@@ -161,6 +162,7 @@ class _Asked:
     of_label: bool = False
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.share is not None and not 0.0 < self.share <= 1.0:
             raise UserError(self.key("share"), "above 0 and at most 1", self.share, "Give a share such as 0.5")
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fedpriv.checks import real_within
+from fedpriv.checks import plain_numbers, real_within
 from fedpriv.plugins import Registry
 
 __all__ = ["CONTROLLERS", "Controller", "LinearDecay", "Seen", "SignalToNoise"]
@@ -66,6 +66,7 @@ class LinearDecay:
 
     def __post_init__(self) -> None:
         real_within("controller.ratio", self.ratio, 0.01, 1.0, "Set it, for example to 0.5")
+        plain_numbers(self)
 
     def noise_multiplier(self, seen: Seen) -> float:
         """See `Controller.noise_multiplier`."""
@@ -106,6 +107,7 @@ class SignalToNoise:
         real_within("controller.rate", self.rate, 1.001, 10.0, "Set it, for example to 1.1")
         real_within("controller.least", self.least, 0.01, 1.0, "Set it, for example to 0.5")
         real_within("controller.most", self.most, 1.0, 100.0, "Set it, for example to 2")
+        plain_numbers(self)
 
     def noise_multiplier(self, seen: Seen) -> float:
         """See `Controller.noise_multiplier`."""

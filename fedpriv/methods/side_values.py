@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.bounding import Bounded, Clip, SmoothedNormalization
-from fedpriv.checks import real_within
+from fedpriv.checks import plain_numbers, real_within
 from fedpriv.errors import UserError
 from fedpriv.feedback import Feedback, Release, RoundedRelease
 from fedpriv.methods.base import AroundMethod, ClientState, Method, Row, ServerState, own_signal_of
@@ -91,6 +91,7 @@ class AdaptiveBound:
         real_within("adaptive.quantile", self.quantile, 0.01, 0.99, "Set it, usually to 0.5")
         real_within("adaptive.rate", self.rate, 1e-3, 2.0, "Set it, usually to 0.2")
         real_within("adaptive.share", self.share, 1e-6, 0.9, "Set it, usually to 0.05")
+        plain_numbers(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,7 @@ class PrivateMetrics:
     def __post_init__(self) -> None:
         real_within("privacy.metrics_share", self.share, 1e-6, 0.9, "Set it, usually to 0.05")
         real_within("privacy.metrics_max_loss", self.max_loss, 1e-6, 1e6, "Set it to the loss of a first model")
+        plain_numbers(self)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -94,7 +94,7 @@ class PrivacyPlan:
     filtered: bool = False
 
     def __post_init__(self) -> None:
-        plain_numbers(self, "rounds", "delta", "l2_bound", "noise_multiplier")
+        plain_numbers(self)
         _check_names(self.trust, self.adjacency, self.unit)
         self._check_aggregation()
         self._check_turns()

@@ -115,7 +115,7 @@ class ExampleTerms:
     steps: int = 0
 
     def __post_init__(self) -> None:
-        plain_numbers(self, "clip", "normalization", "examples", "rate", "steps")
+        plain_numbers(self)
         if (self.clip is None) == (self.normalization is None):
             got = "a table without them" if self.clip is None else "both"
             remedy = "Set example_clip, the longest gradient of one example, such as 1.0"
@@ -207,7 +207,7 @@ class RecordBound:
     restart_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        plain_numbers(self, *(part.name for part in fields(self)))
+        plain_numbers(self)
         if self.route == "memory" and self.terms.rate < 1.0:
             remedy = 'Set local.work = "full-gradient", which needs less noise for the same promise'
             expected = "full gradients with a noiseless memory: it remembers a record long after its batch"

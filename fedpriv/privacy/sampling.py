@@ -320,7 +320,7 @@ class Poisson(_Drawn):
     by_coins: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        plain_numbers(self, "population", "probability")
+        plain_numbers(self)
         _check_population(self.population)
         _check_probability(self.probability)
 
@@ -431,7 +431,7 @@ class FixedSize(_Drawn):
     stead: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
-        plain_numbers(self, "population", "size")
+        plain_numbers(self)
         _check_population(self.population)
         _check_size(self.size, self.population)
 
@@ -685,7 +685,7 @@ class Separated(_Drawn):
     most: ClassVar[str] = "Epsilon is that of a client that takes part in every turn of its group."
 
     def __post_init__(self) -> None:
-        plain_numbers(self, "population", "min_separation", "probability")
+        plain_numbers(self)
         _check_population(self.population)
         if not is_whole(self.min_separation, 1, MAX_SEPARATION):
             expected = f"a whole number of rounds from 1 to {MAX_SEPARATION:,}"

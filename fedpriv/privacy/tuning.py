@@ -31,7 +31,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedpriv.checks import real_within
+from fedpriv.checks import plain_numbers, real_within
 from fedpriv.errors import UserError
 from fedpriv.privacy.gaussian import MAX_NOISE
 from fedpriv.privacy.plan import PrivacyPlan
@@ -98,6 +98,7 @@ class NegativeBinomialTrials:
     eta: float = 1.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         _check_expected(self.expected, 1.0)
         if not -1.0 < self.eta <= 100.0:
             raise UserError("tuning.eta", "above -1 and at most 100", self.eta, "Set 1 (geometric) or 0 (logarithmic)")
@@ -154,6 +155,7 @@ class PoissonTrials:
     expected: float
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         _check_expected(self.expected, 0.0)
 
     def after(self, trial: RenyiCurve) -> RenyiCurve:
@@ -202,6 +204,7 @@ class ScoreNoise:
     SENSITIVITY: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         real_within(
             "tuning.score_noise_multiplier", self.multiplier, _MIN_SCORE_NOISE, MAX_NOISE, "Set it, for example to 5"
         )

@@ -21,7 +21,7 @@ from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
-from fedpriv.checks import is_real
+from fedpriv.checks import is_real, plain_numbers
 from fedpriv.errors import UserError
 from fedpriv.mechanisms.coins import WORDS, exp_below, tosses, uniform_below
 from fedpriv.streams import Words
@@ -106,6 +106,7 @@ class _Sized:
     size: int
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if not (is_real(self.epsilon, 1e-6) and self.epsilon <= MAX_EPSILON):
             expected = f"from 1e-6 to {MAX_EPSILON:g} for randomized reports"
             raise UserError("privacy.epsilon", expected, self.epsilon, "Change it")
