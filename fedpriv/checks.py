@@ -34,6 +34,8 @@ __all__ = [
 ]
 
 _GIB = 2.0**30
+_MAX_NAME_BYTES = 200
+"""File systems take 255, and files beside a run have longer names."""
 
 WordT = TypeVar("WordT", bound=str)
 
@@ -137,7 +139,9 @@ def folder_name(where: str, value: str) -> None:
     Raises:
         UserError: As described.
     """
-    if value in ("", ".", "..") or any(c in value for c in "/\\\0\n"):
+    if len(value.encode(errors="replace")) > _MAX_NAME_BYTES:
+        raise UserError(where, f"a name of at most {_MAX_NAME_BYTES} bytes", f"{len(value):,} characters", "Shorten it")
+    if value.strip() in ("", ".", "..") or any(c in value for c in "/\\\0\n"):
         raise UserError(where, "a short name that can be a folder's", repr(value), "Change the name")
 
 

@@ -134,9 +134,9 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         """Return the class for a name that this process already knows. Never imports code that untrusted input names.
 
         Args:
-            name: A built-in name, an entry point, or a reference that `resolve` has already resolved. A reference to a
-                file may name another folder: the class is the one of the resolved reference. (Another content of the
-                file is another experiment; see `source_of`.)
+            name: A built-in name, an entry point, or a reference that `resolve` has already resolved; None for a
+                missing key. A reference to a file may name another folder: the class is the one of the resolved
+                reference. (Another content of the file is another experiment; see `source_of`.)
             where: The key that holds the name, for the error.
 
         Raises:
@@ -148,6 +148,8 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         if isinstance(name, str) and name.endswith(".py") and name not in self:
             remedy = f'Add the name in the file, such as "{name}:NAME"'
             raise UserError(where, f"a {self.kind} of the file, after a colon", repr(name), remedy)
+        if name is None:
+            raise UserError(where, "a known name", "a missing key", nearest("", self))
         if not isinstance(name, str) or name not in self:
             raise UserError(where, "a known name", repr(name), nearest(str(name), self))
         return self[name]

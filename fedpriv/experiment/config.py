@@ -637,7 +637,7 @@ def read_tables(source: Path | str | Table, settings: Sequence[str] = ()) -> dic
 def read_config_file(path: Path) -> dict[str, object]:
     """Return the tables of a TOML file; paths of classes (`"./own.py:Class"`) are relative to the TOML file."""
     try:
-        return with_whole_paths(read_config_text(path.read_text(encoding="utf-8"), str(path)), path.parent)
+        return with_whole_paths(read_config_text(path.read_text(encoding="utf-8-sig"), str(path)), path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(str(path), "a readable TOML file", reason, "Check the path") from None
@@ -1046,7 +1046,7 @@ def _left_over(where: str, key: str, name: object) -> str:
 
 def _read_data(table: Table) -> DataChoice:
     options = dict(table)
-    dataset_kind = DATASETS.resolve(options.pop("name", "nothing"), "data.name")
+    dataset_kind = DATASETS.resolve(options.pop("name", None), "data.name")
     partition_kind = PARTITIONS.resolve(options.pop("partition", "iid"), "data.partition")
     given = options.pop("clients", None)
     clients = None if given is None else positive_int("data.clients", given, "Give the number of clients")

@@ -123,7 +123,7 @@ RULES: Registry[StopRule] = Registry("rule", {"median": Median, "halving": Halvi
 def read_rule(table: Table) -> StopRule:
     """Return the rule described by `[stop]`: `rule`, a key of `RULES`, and that rule's fields."""
     options = {key: value for key, value in table.items() if key != "rule"}
-    return read_table(RULES.resolve(table.get("rule", "nothing"), "stop.rule"), options, "stop")
+    return read_table(RULES.resolve(table.get("rule"), "stop.rule"), options, "stop")
 
 
 def group_of(config: Config) -> str:

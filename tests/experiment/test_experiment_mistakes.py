@@ -280,6 +280,27 @@ def test_a_new_experiment_may_be_given_as_a_file(tmp_path: Path, monkeypatch: py
     assert fedpriv.load_config(tmp_path / "mine.toml").name == "mine"
 
 
+def test_a_config_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    """Some editors on Windows write one."""
+    path = tmp_path / "own.toml"
+    path.write_text(BASE, encoding="utf-8-sig")
+    assert fedpriv.load_config(path).name == fedpriv.load_config(config_in(tmp_path, BASE)).name
+
+
+@pytest.mark.parametrize(
+    ("setting", "wanted"),
+    [
+        ("name=" + 300 * "a", "name: expected a name of at most 200 bytes, got 300 characters."),
+        ('name=" "', "name: expected a short name that can be a folder's, got ' '."),
+        ("data.name=", "data.name: expected a known name, got a missing key. Known: "),
+    ],
+)
+def test_names_that_cannot_be_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, wanted: str
+) -> None:
+    assert wanted in line_of(capsys, "check", config_in(tmp_path, BASE), "-s", setting)
+
+
 @pytest.mark.parametrize(
     ("name", "file", "wanted"),
     [
