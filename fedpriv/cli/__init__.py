@@ -1,8 +1,10 @@
 """Command line `fedpriv COMMAND`; each module defines some of the commands."""
 
+import itertools
 import re
 import sys
 import traceback
+from collections.abc import Sequence
 
 import click
 
@@ -24,6 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line. A `UserError` becomes one line on stderr and exit code 2."""
     log_to_terminal()
     given = sys.argv[1:] if arguments is None else arguments
+    _refuse_empty_paths(given)
     try:
         code = app(args=arguments, standalone_mode=False)
         if code == 130:  # typer turns Ctrl-C into this exit code
@@ -52,6 +55,13 @@ def main(arguments: list[str] | None = None) -> None:
         )
     else:
         raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _refuse_empty_paths(given: Sequence[str]) -> None:
+    """Fail if an option's path is empty, such as an unset variable of a shell: it would be the current folder."""
+    for option in ("--out", "--data-root"):
+        if f"{option}=" in given or any(pair == (option, "") for pair in itertools.pairwise(given)):
+            _fail(f"{option}: expected a path, got an empty text. Name a file or folder, or remove {option}.")
 
 
 def _fail(line: str) -> None:

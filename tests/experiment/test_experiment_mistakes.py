@@ -301,6 +301,24 @@ def test_names_that_cannot_be_are_one_line(
     assert wanted in line_of(capsys, "check", config_in(tmp_path, BASE), "-s", setting)
 
 
+@pytest.mark.parametrize("command", ["run", "sweep", "audit", "analyze"])
+@pytest.mark.parametrize("given", [["--out", ""], ["--out="], ["--data-root", ""]])
+def test_an_empty_path_is_not_the_current_folder(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    given: list[str],
+) -> None:
+    """As with an unset variable of a shell."""
+    config = config_in(tmp_path, BASE)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    wanted = f"{given[0].rstrip('=')}: expected a path, got an empty text."
+    assert line_of(capsys, command, config, *given).startswith(wanted)
+    assert not list((tmp_path / "here").iterdir())
+
+
 @pytest.mark.parametrize(
     ("name", "file", "wanted"),
     [
