@@ -170,7 +170,7 @@ def require_representable(key: str, value: float) -> None:
     if not is_real(value) or value <= 0.0:
         got = value if isinstance(value, Real) else repr(value)
         raise UserError(key, "a positive number", got, f"Set {key} above 0")
-    if not 1e-20 <= float(value) <= 1e20:
+    if not is_real(value, 1e-20, 1e20):
         remedy = f"Choose {key} in this range: beyond it, float32 rounds to zero or infinity"
         raise UserError(key, "a number from 1e-20 to 1e20", value, remedy)
 

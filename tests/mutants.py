@@ -526,7 +526,7 @@ MUTANTS = [
     Mutant(
         "parameters that turn zero into NaN",
         "fedpriv/checks.py",
-        "if not 1e-20 <= float(value) <= 1e20:",
+        "if not is_real(value, 1e-20, 1e20):",
         "if False:",
         CORE,
     ),

@@ -433,7 +433,9 @@ def started(monkeypatch):
     return calls
 
 
-def test_a_node_is_started_with_its_certificate_key_and_settings(deployment, started):
+def test_a_node_is_started_with_its_certificate_key_and_settings(deployment, started, monkeypatch):
+    used = []
+    monkeypatch.setattr("fedpriv.experiment.build.check_device", lambda *given: used.append(given))
     folder = deployment / "node-1"
     app = "0" * 64
     with (folder / "node.toml").open("a") as file:
@@ -441,6 +443,7 @@ def test_a_node_is_started_with_its_certificate_key_and_settings(deployment, sta
     with pytest.raises(SystemExit) as end:
         main(["deploy", "node", str(folder)])
     assert end.value.code == 0
+    assert not used  # a node forks, and CUDA may not have started before
     ((options, accepted, own),) = started
     assert accepted == {app_hash(), app}
     assert own is None
