@@ -11,10 +11,6 @@ import sys
 import types
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import library
 
 __all__ = ["install"]
 
@@ -58,11 +54,9 @@ def _run(loader: Loader, module: types.ModuleType) -> None:
 
 
 @functools.cache
-def _declare_operators() -> "library.Library":
-    """Declare the operators. The cache keeps the returned object alive, and with it the declarations."""
-    from torch import library
+def _declare_operators() -> None:
+    """Declare the operators, once in a process."""
+    from torch import library as operators
 
-    declared = library.Library("torchvision", "DEF")
-    for operator in OPERATORS:
-        declared.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return declared
+    for name in OPERATORS:
+        operators.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
