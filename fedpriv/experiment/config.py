@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 import tomli_w
 
 from fedpriv.analytics.statistics import Statistics
-from fedpriv.checks import at_least_one, folder_name, is_whole, positive_int, whole_from
+from fedpriv.checks import at_least_one, folder_name, is_whole, plain_numbers, positive_int, whole_from
 from fedpriv.clock import DEVICES, SCHEDULES, Devices, Schedule, Synchronous
 from fedpriv.data.augment import AUGMENTATIONS, Augmentation
 from fedpriv.data.dataset import DATASETS, DatasetSource, declared_by
@@ -209,6 +209,7 @@ class PrivacyChoice:
     analyses_mu: float | None = None
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         self._check_analyses()
         trust_of(self.trust)
         if self.adjacency is not None:

@@ -43,7 +43,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from fedpriv.checks import whole_from
+from fedpriv.checks import plain_numbers, whole_from
 from fedpriv.errors import UserError
 from fedpriv.mechanisms.shares import HALF_MODULUS
 from fedpriv.privacy.sampling import Everyone, Sampling
@@ -102,6 +102,7 @@ class Aggregation:
     everyone_answers: bool = False
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         whole_from("aggregation.helpers", self.helpers, 1, "Name at least one helper outside the server's organization")
         whole_from("aggregation.colluders", self.colluders, 0, "Give 0 if no client colludes")
         if not self.colluders < self.least_survivors <= self.most:
@@ -192,6 +193,7 @@ class AggregationChoice:
     everyone_answers: bool = False
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         whole_from("aggregation.helpers", self.helpers, 1, "Name at least one helper outside the server's organization")
         whole_from("aggregation.colluders", self.colluders, 0, "Give 0 if no client colludes")
         if self.least_survivors is not None:

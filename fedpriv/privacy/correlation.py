@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
-from fedpriv.checks import is_whole
+from fedpriv.checks import is_whole, plain_numbers
 from fedpriv.errors import UserError, nearest
 from fedpriv.mechanisms.base import Mechanism
 from fedpriv.mechanisms.correlated import SLACK, Correlated, Fading, fading, filtered, squared_sensitivity
@@ -112,6 +112,7 @@ class Banded:
     hidden: bool = False
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         c = self.coefficients
         if not c or c[0] != 1.0 or not c[-1] >= 0.0 or not all(a >= b for a, b in pairwise(c)):
             raise ValueError(f"coefficients begin with 1, are not negative and never increase: {c}")
@@ -194,6 +195,9 @@ class FadingNoise:
     damping: float
     rounds: int
 
+    def __post_init__(self) -> None:
+        plain_numbers(self)
+
     @property
     def hidden(self) -> bool:
         """False: everyone takes part in every round."""
@@ -271,6 +275,7 @@ class NoiseChoice:
     bands: int | None = None
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.kind not in NOISE_KINDS:
             raise UserError("noise.kind", "a known name", repr(self.kind), nearest(str(self.kind), NOISE_KINDS))
         if self.bands is not None and not self.banded:

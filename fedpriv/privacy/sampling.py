@@ -262,6 +262,7 @@ class Everyone(_Drawn):
     name: ClassVar[str] = "everyone"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         _check_population(self.population)
 
     @property
@@ -540,6 +541,7 @@ class Scheduled:
     )
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         _check_population(self.population)
         if not 0.0 < self.expected_size <= self.population or not self.squares or len(self.squares) != len(self.sent):
             raise ValueError(f"not a timeline of at least one step: {self}")
