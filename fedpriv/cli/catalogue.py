@@ -55,6 +55,7 @@ def catalogue() -> dict[str, Entries]:
         "noise": PACKAGE / "mechanisms" / "gaussian.c",
         "softmax": PACKAGE / "tasks" / "softmax.c",
         "pooling": PACKAGE / "tasks" / "pooling.c",
+        "convolution": PACKAGE / "tasks" / "convolution.c",
     }
     found = {name: native_library(file, lambda _: None) is not None for name, file in files.items()}
     return {**kinds, "in C": {name: {"about": about_compiled(there), "keys": {}} for name, there in found.items()}}

@@ -17,6 +17,7 @@ from torch.nn import functional
 from fedpriv.checks import positive_int
 from fedpriv.errors import UserError
 from fedpriv.plugins import Registry
+from fedpriv.tasks.convolution import DirectConv2d
 from fedpriv.tasks.equivariant import ORIENTATIONS, GroupConv, LiftingConv, OrientedNorm, pooled
 from fedpriv.tasks.pooling import MaxPoolReLU
 
@@ -229,9 +230,9 @@ def _dense_layers(inputs: int, hidden: tuple[int, ...], classes: int) -> nn.Modu
 
 def _lenet(channels: int, pixels: int, width: int, classes: int) -> nn.Module:
     layers = {
-        0: nn.Conv2d(channels, width, 5, padding=2),
+        0: DirectConv2d(channels, width),
         1: MaxPoolReLU(),  # pooling first: the same numbers and gradients as after ReLU, from a quarter of the elements
-        3: nn.Conv2d(width, 2 * width, 5, padding=2),
+        3: DirectConv2d(width, 2 * width),
         4: MaxPoolReLU(),
         6: nn.Flatten(),
         7: nn.Linear(2 * width * pixels, 7 * width),

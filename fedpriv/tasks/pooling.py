@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedpriv.native import native_library
 
-__all__ = ["MaxPoolReLU", "PoolingInC", "pooling_in_c"]
+__all__ = ["MaxPoolReLU", "PoolingInC", "is_eager", "pooling_in_c"]
 
 _SOURCE = Path(__file__).with_name("pooling.c")
 
@@ -156,9 +156,13 @@ def _in_torch(inputs: Tensor) -> Tensor:
 
 
 def _suits(inputs: Tensor) -> bool:
-    plain = type(inputs) is Tensor and inputs.device.type == "cpu" and inputs.dtype == torch.float32
-    if not plain or layout_of(inputs) is None or min(inputs.shape[-2:]) < 2:
+    if not is_eager() or type(inputs) is not Tensor or inputs.device.type != "cpu" or inputs.dtype != torch.float32:
         return False
+    return layout_of(inputs) is not None and min(inputs.shape[-2:]) >= 2
+
+
+def is_eager() -> bool:
+    """Return True if operations are computed as they are called: not compiled, traced or transformed."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     return not torch._C._are_functorch_transforms_active()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedpriv.bounding import Clip, SmoothedNormalization
 from fedpriv.errors import UserError
+from fedpriv.tasks.convolution import DirectConv2d
 from fedpriv.tasks.dense import DenseLayers
 from fedpriv.tasks.equivariant import GroupConv, LiftingConv, OrientedNorm
 from fedpriv.tasks.models import MODELS, Cnn, Mlp
@@ -96,6 +97,8 @@ CASES = {
     "conv2d padded to the same": (lambda: nn.Conv2d(3, 4, (3, 5), padding="same"), IMAGE),
     "conv2d padded by reflection": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), IMAGE),
     "conv2d, only its bias": (lambda: frozen(nn.Conv2d(3, 4, 3), "weight"), IMAGE),
+    "direct conv2d": (lambda: DirectConv2d(3, 4), (3, 6, 9)),
+    "direct conv2d in torch": (lambda: DirectConv2d(9, 4), (9, 6, 7)),
     "conv1d": (lambda: nn.Conv1d(3, 4, 3, stride=2, padding=1), (3, 9)),
     "conv3d": (lambda: nn.Conv3d(2, 3, 2), (2, 4, 3, 5)),
     "embedding": (lambda: nn.Embedding(6, 4), WORDS),
@@ -116,7 +119,8 @@ def drawn(layer: nn.Module, shape, examples: int = 6, seed: int = 0) -> tuple[nn
     """A net around the layer; its derivatives by the layer's outputs differ by example, inputs and labels."""
     torch.manual_seed(seed)
     for parameter in layer.parameters():
-        parameter.data.normal_(std=0.3)
+        terms = parameter[0].numel()  # with large sums, tanh would magnify the rounding of its inputs
+        parameter.data.normal_(std=min(0.3, terms**-0.5))
     inputs = torch.randint(6, (examples, 5)) if shape == WORDS else torch.randn(examples, *shape)
     net = nn.Sequential(layer, nn.Tanh())
     return net, inputs, torch.randn_like(net(inputs))

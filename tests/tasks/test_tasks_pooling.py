@@ -2,6 +2,7 @@
 
 import io
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -110,6 +111,9 @@ def test_c_takes_gradients_of_single_clients_and_torch_the_rest(monkeypatch: pyt
         assert torch.equal(layer(other), TORCHS(other))
     torch.func.vmap(layer)(images[None])
     torch.func.grad(lambda x: layer(x).sum())(images)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.trace", DeprecationWarning)
+        torch.jit.trace(layer, images, check_trace=False)
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         layer(images)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedpriv.tasks.convolution import DirectConv2d
 from fedpriv.tasks.equivariant import ORIENTATIONS, GroupConv, LiftingConv, OrientedNorm
 from fedpriv.tasks.per_example.parts import Factors, Part, Products, Rows, Segments
 
@@ -243,6 +244,7 @@ LAYERS: dict[type[nn.Module], Layer] = {
     nn.Linear: Layer(_linear),
     nn.Conv1d: Layer(_conv, axes=3),
     nn.Conv2d: Layer(_conv, axes=4),
+    DirectConv2d: Layer(_conv, axes=4),
     nn.Conv3d: Layer(_conv, axes=5),
     nn.Embedding: Layer(_embedding, axes=1),
     nn.LayerNorm: Layer(_layer_norm),

@@ -1,0 +1,204 @@
+"""Convolutions of few channels in C, for gradients of single clients on a CPU; torch computes all others.
+
+torch lays channels out in blocks of sixteen. With 3 to 8 channels of images 32 x 32 most of a block is empty, and
+gradients take 1.7 times as long as here, in either layout; with 16 channels on both sides torch is as fast.
+"""
+
+import ctypes
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from fedpriv.native import native_library
+from fedpriv.tasks.pooling import is_eager
+
+__all__ = ["ConvolutionInC", "DirectConv2d", "convolution_in_c"]
+
+_SOURCE = Path(__file__).with_name("convolution.c")
+_SIDE, _PADDING = 5, 2
+# With more channels torch is as fast, and narrower images fill less than half of a vector.
+_MAX_INPUTS, _MAX_OUTPUTS, _MIN_WIDTH = 8, 16, 8
+# C and a computation in float64 may differ by this part of the results' length.
+_TOLERANCE = 4e-6
+
+
+class ConvolutionInC:
+    """The functions of `convolution.c`, for kernels 5 x 5 with stride 1 and padding 2.
+
+    Images are float32 on the CPU; those that are read may have any strides, and results have channels outermost.
+
+    Args:
+        library: The compiled file.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._convolution, self._gradient = library.convolution, library.convolution_gradient
+
+    def outputs(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the outputs `[images, outs, height, width]`.
+
+        Args:
+            inputs: `[images, channels, height, width]`.
+            weight: `[outs, channels, 5, 5]`, contiguous.
+            bias: `[outs]`, contiguous, or None.
+
+        Raises:
+            MemoryError: If there is no memory for one image.
+        """
+        return self._run(inputs, weight, bias, len(weight), transposed=False)
+
+    def slopes_of_inputs(self, slopes: Tensor, weight: Tensor) -> Tensor:
+        """Return the derivative `[images, channels, height, width]` by the inputs from `slopes`, that by the outputs.
+
+        Raises:
+            MemoryError: If there is no memory for one image.
+        """
+        return self._run(slopes, weight, None, weight.shape[1], transposed=True)
+
+    def slopes_of_weights(self, inputs: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the derivatives by weights `[outs, channels, 5, 5]` and biases `[outs]`, summed over all images.
+
+        Raises:
+            MemoryError: If there is no memory for some images.
+        """
+        slopes = slopes.contiguous()
+        images, channels, height, width = inputs.shape
+        outs = slopes.shape[1]
+        weight = inputs.new_empty((outs, channels, _SIDE, _SIDE))
+        bias = inputs.new_empty(outs)
+        sizes = (images, channels, height, width, *inputs.stride())
+        _require_memory(
+            self._gradient(inputs.data_ptr(), *sizes, slopes.data_ptr(), outs, weight.data_ptr(), bias.data_ptr())
+        )
+        return weight, bias
+
+    def _run(self, inputs: Tensor, weight: Tensor, bias: Tensor | None, outs: int, *, transposed: bool) -> Tensor:
+        images, channels, height, width = inputs.shape
+        found = torch.empty((images, outs, height, width), dtype=torch.float32)
+        sizes = (images, channels, height, width, *inputs.stride())
+        added = None if bias is None else bias.data_ptr()
+        _require_memory(
+            self._convolution(
+                inputs.data_ptr(), *sizes, weight.data_ptr(), added, outs, int(transposed), found.data_ptr()
+            )
+        )
+        return found
+
+
+def _require_memory(missing: int) -> None:
+    if missing:
+        raise MemoryError("no memory for a convolution")
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    address, sizes = ctypes.c_void_p, [ctypes.c_size_t] * 8
+    library.convolution.argtypes = [address, *sizes, address, address, ctypes.c_size_t, ctypes.c_int, address]
+    library.convolution_gradient.argtypes = [address, *sizes, address, ctypes.c_size_t, address, address]
+    library.convolution.restype = library.convolution_gradient.restype = ctypes.c_int
+
+
+@cache
+def convolution_in_c() -> ConvolutionInC | None:
+    """Return the C form; None without a compiler or AVX with FMA, or if it and torch disagree on this machine."""
+    library = native_library(_SOURCE, _declare)
+    if library is None or not hasattr(torch._C, "_are_functorch_transforms_active"):
+        return None
+    in_c = ConvolutionInC(library)
+    return in_c if agrees(in_c) else None
+
+
+@torch.no_grad()
+def agrees(in_c: ConvolutionInC) -> bool:
+    """Return True if C computes the results of torch in float64, up to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    layouts = (torch.contiguous_format, torch.channels_last)
+    for shape, layout in product(((3, 3, 9, 37, 8), (2, 8, 16, 16, 16), (5, 1, 4, 10, 3)), layouts):
+        images, channels, height, width, outs = shape
+        inputs = torch.randn((images, channels, height, width), generator=generator, dtype=torch.float32)
+        slopes = torch.randn((images, outs, height, width), generator=generator, dtype=torch.float32)
+        weight = torch.randn((outs, channels, _SIDE, _SIDE), generator=generator, dtype=torch.float32)
+        bias = torch.randn(outs, generator=generator, dtype=torch.float32)
+        inputs, slopes = (part.contiguous(memory_format=layout) for part in (inputs, slopes))
+        x, y, w = inputs.double(), slopes.double(), weight.double()
+        pairs = [
+            (in_c.outputs(inputs, weight, bias), functional.conv2d(x, w, bias.double(), padding=_PADDING)),
+            (in_c.slopes_of_inputs(slopes, weight), conv2d_input(x.shape, w, y, padding=_PADDING)),
+            *zip(
+                in_c.slopes_of_weights(inputs, slopes),
+                (conv2d_weight(x, w.shape, y, padding=_PADDING), y.sum((0, 2, 3))),
+                strict=True,
+            ),
+        ]
+        if not all(_is_close(found, expected) for found, expected in pairs):
+            return False
+    return True
+
+
+def _is_close(found: Tensor, expected: Tensor) -> bool:
+    return float((found - expected).norm()) <= _TOLERANCE * float(expected.norm())
+
+
+class _Convolved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, in_c: ConvolutionInC) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        ctx.in_c = in_c
+        return in_c.outputs(inputs, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        (slopes,), (inputs, weight) = grad_outputs, ctx.saved_tensors
+        by_inputs, by_weight, by_bias = ctx.needs_input_grad[:3]
+        found = ctx.in_c.slopes_of_weights(inputs, slopes) if by_weight or by_bias else (None, None)
+        return (
+            ctx.in_c.slopes_of_inputs(slopes, weight) if by_inputs else None,
+            found[0] if by_weight else None,
+            found[1] if by_bias else None,
+            None,
+        )
+
+
+class DirectConv2d(nn.Conv2d):
+    """`Conv2d` with a kernel 5 x 5 that keeps the size of images: in C if gradients are recorded and channels are few.
+
+    torch takes evaluations, which may use several threads, transforms of functions, exports, GPUs, and other types of
+    numbers. C adds products in another order than torch, so results differ in their last digits.
+
+    Args:
+        channels: Of the inputs.
+        outs: Channels of the outputs.
+    """
+
+    def __init__(self, channels: int, outs: int) -> None:
+        super().__init__(channels, outs, _SIDE, padding=_PADDING)
+
+    def forward(self, inputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the outputs `[images, outs, height, width]` of images `[images, channels, height, width]`."""
+        in_c = convolution_in_c() if _suits(inputs, self.weight, self.bias) else None
+        if in_c is None:
+            return super().forward(inputs)
+        return cast(Tensor, _Convolved.apply(inputs, self.weight, self.bias, in_c))
+
+
+def _suits(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    parts = [inputs, weight] if bias is None else [inputs, weight, bias]
+    if not is_eager() or not torch.is_grad_enabled() or not any(part.requires_grad for part in parts):
+        return False
+    if any(type(part) not in (Tensor, nn.Parameter) for part in parts):
+        return False
+    if any(part.device.type != "cpu" or part.dtype != torch.float32 for part in parts):
+        return False
+    if inputs.dim() != 4 or inputs.shape[3] < _MIN_WIDTH or not all(part.is_contiguous() for part in parts[1:]):
+        return False
+    outs, channels = weight.shape[:2]
+    fits = channels == inputs.shape[1] and channels <= _MAX_INPUTS and outs <= _MAX_OUTPUTS
+    return fits and not torch.is_autocast_enabled("cpu")

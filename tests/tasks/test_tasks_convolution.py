@@ -1,0 +1,251 @@
+"""Convolutions in C: those of torch up to rounding, for gradients of few channels; torch computes all others."""
+
+import copy
+import sys
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedpriv.native import native_library
+from fedpriv.tasks import convolution
+from fedpriv.tasks.convolution import ConvolutionInC, DirectConv2d, agrees, convolution_in_c
+from fedpriv.tasks.models import Cnn
+from fedpriv.tasks.task import Task
+
+in_c = pytest.mark.skipif(convolution_in_c() is None, reason="no C compiler, or no FMA")
+# images, channels, height, width, outs
+SHAPES = (
+    (1, 1, 1, 8, 1),
+    (3, 3, 32, 32, 8),
+    (5, 8, 16, 16, 16),
+    (7, 1, 28, 28, 8),
+    (4, 8, 14, 14, 16),
+    (2, 2, 9, 31, 3),
+    (2, 5, 2, 40, 9),
+    (9, 7, 5, 12, 13),
+    (0, 3, 8, 8, 2),
+)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of inputs that C was given."""
+    shapes: list[torch.Size] = []
+    outputs = ConvolutionInC.outputs
+
+    def noted(self: ConvolutionInC, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        shapes.append(inputs.shape)
+        return outputs(self, inputs, weight, bias)
+
+    monkeypatch.setattr(ConvolutionInC, "outputs", noted)
+    return shapes
+
+
+def drawn(shape: tuple[int, ...], layout: torch.memory_format = torch.contiguous_format) -> tuple[DirectConv2d, Tensor]:
+    images, channels, height, width, outs = shape
+    torch.manual_seed(sum(shape))
+    inputs = torch.randn(images, channels, height, width).contiguous(memory_format=layout)
+    return DirectConv2d(channels, outs), inputs
+
+
+def derivatives(layer: nn.Conv2d, inputs: Tensor, slopes: Tensor) -> list[Tensor]:
+    leaf = inputs.clone().requires_grad_()
+    outputs = layer(leaf)
+    wanted = [leaf, *(part for part in layer.parameters() if part.requires_grad)]
+    return [outputs.detach(), *torch.autograd.grad((outputs * slopes).sum(), wanted)]
+
+
+def in_torch(layer: DirectConv2d) -> nn.Conv2d:
+    """Return the layer of torch with the same weights, in float64."""
+    plain = nn.Conv2d(layer.in_channels, layer.out_channels, 5, padding=2)
+    plain.load_state_dict(layer.state_dict())
+    return plain.double()
+
+
+def is_close(found: Tensor, expected: Tensor) -> bool:
+    return found.shape == expected.shape and float((found - expected).norm()) <= 3e-6 * float(expected.norm())
+
+
+@in_c
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_values_and_derivatives_are_those_of_torch(
+    shape: tuple[int, ...], layout: torch.memory_format, used: list[torch.Size]
+) -> None:
+    layer, inputs = drawn(shape, layout)
+    slopes = torch.randn(shape[0], shape[4], *shape[2:4]).contiguous(memory_format=layout)
+    found = derivatives(layer, inputs, slopes)
+    assert used == [inputs.shape]
+    expected = derivatives(in_torch(layer), inputs.double(), slopes.double())
+    assert all(is_close(one, other) for one, other in zip(found, expected, strict=True))
+    assert found[0].is_contiguous()
+
+
+@in_c
+def test_an_image_has_the_same_outputs_next_to_any_others() -> None:
+    layer, inputs = drawn((7, 3, 13, 19, 5))
+    single = torch.cat([layer(image[None]) for image in inputs])
+    assert torch.equal(layer(inputs), single)
+
+
+@in_c
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", [(0, 0), (5, 18), (6, 0), (12, 18)])
+def test_a_number_that_is_not_finite_reaches_its_neighbors_alone(bad: float, place: tuple[int, int]) -> None:
+    layer, inputs = drawn((3, 2, 13, 19, 3))
+    inputs[1, 0, *place] = bad
+    slopes = torch.ones(3, 3, 13, 19)
+    found, expected = derivatives(layer, inputs, slopes), derivatives(in_torch(layer), inputs.double(), slopes.double())
+    for one, other in zip(found[:2], expected[:2], strict=True):
+        assert torch.equal(one.isfinite(), other.isfinite())
+    assert not any(part.isfinite().all() for part in found[2:3])  # such a gradient counts for nothing as a whole
+
+
+@in_c
+@pytest.mark.parametrize("frozen", ["weight", "bias", "both"])
+def test_frozen_weights_have_no_derivative(frozen: str, used: list[torch.Size]) -> None:
+    layer, inputs = drawn((2, 3, 8, 9, 4))
+    for name, part in layer.named_parameters():
+        part.requires_grad_(frozen not in (name, "both"))
+    slopes = torch.randn(2, 4, 8, 9)
+    plain = in_torch(layer)
+    for one, other in zip(plain.parameters(), layer.parameters(), strict=True):
+        one.requires_grad_(other.requires_grad)
+    found, expected = derivatives(layer, inputs, slopes), derivatives(plain, inputs.double(), slopes.double())
+    assert all(is_close(one, other) for one, other in zip(found, expected, strict=True))
+    assert len(used) == 1
+
+
+@in_c
+def test_a_layer_without_a_bias_is_computed_too(used: list[torch.Size]) -> None:
+    layer, inputs = drawn((2, 3, 8, 9, 4))
+    cast(Any, layer).bias = None
+    expected = nn.functional.conv2d(inputs.double(), layer.weight.double(), padding=2)
+    assert is_close(layer(inputs).detach(), expected.detach())
+    assert len(used) == 1
+
+
+@in_c
+def test_c_takes_gradients_of_few_channels_and_torch_the_rest(
+    used: list[torch.Size], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, inputs = drawn((2, 3, 8, 8, 4))
+    layer(inputs)
+    assert len(used) == 1
+    for other in (drawn((2, 9, 8, 8, 4)), drawn((2, 3, 8, 8, 17)), drawn((2, 3, 8, 7, 4))):
+        other[0](other[1])
+    double = copy.deepcopy(layer).double()
+    assert double(inputs.double()).dtype == torch.float64
+    layer(inputs[0])
+    with torch.no_grad():
+        layer(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(inputs).dtype == torch.bfloat16
+    torch.func.vmap(layer)(inputs[None])
+    torch.func.grad(lambda x: layer(x).sum())(inputs)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.trace", DeprecationWarning)
+        torch.jit.trace(layer, inputs, check_trace=False)
+    copy.deepcopy(layer).to("meta")(inputs.to("meta"))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        layer(inputs)
+    with pytest.raises(RuntimeError, match="channels"):
+        layer(inputs[:, :2])
+    assert len(used) == 1
+
+
+@in_c
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gradients_of_a_network_are_those_of_torchs_convolutions(channels_last: bool, used: list[torch.Size]) -> None:
+    module = Cnn().build((3, 16, 18), 10, 0)
+    images, labels = torch.randn(6, 3, 16, 18), torch.arange(6)
+    task = Task(module, channels_last=channels_last)
+    found = task.gradient(task.initial_model(), images, labels)
+    assert len(used) == 2
+    layers = (in_torch(layer) if isinstance(layer, DirectConv2d) else layer for layer in module.children())
+    plain = nn.Sequential(*layers).double()
+    loss = nn.functional.cross_entropy(plain(images.double()), labels)
+    expected = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(plain.parameters()))])
+    assert is_close(found.double(), expected)
+
+
+@in_c
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_the_first_use_may_be_in_an_evaluation_and_draws_nothing(context: Callable[[], Any]) -> None:
+    convolution_in_c.cache_clear()
+    before = torch.get_rng_state()
+    with context():
+        assert convolution_in_c() is not None
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@in_c
+def test_the_first_use_needs_neither_the_default_type_nor_the_compiler_of_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.fx.experimental.symbolic_shapes", None)
+    torch.set_default_dtype(torch.float64)
+    try:
+        convolution_in_c.cache_clear()
+        assert convolution_in_c() is not None
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+WRONG = (
+    ("TAPS - 1 - t", "t"),
+    ("(y + MARGIN) * f.pitch", "y * f.pitch"),
+    ("memcpy(biases", "(void)memset(biases, 0, 4), memcpy(biases + 1"),
+    ("width + 2 * MARGIN > least ?", "width + 2 * MARGIN < least ?"),
+    ("row[x * s.place]", "row[x]"),
+    ("images - n < together ? images - n : together", "1"),
+    (
+        "o < outs; o++)\n        for (size_t t = 0; t < channels * SIDE",
+        "o < 0; o++)\n        for (size_t t = 0; t < channels * SIDE",
+    ),
+)
+
+
+@in_c
+@pytest.mark.parametrize(("right", "wrong"), WRONG)
+def test_a_wrong_c_form_is_refused(right: str, wrong: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, source = convolution._SOURCE.read_text(encoding="utf-8"), tmp_path / "convolution.c"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert text.count(right) >= 1
+    source.write_text(text.replace(right, wrong), encoding="utf-8")
+    library = native_library(source, convolution._declare)
+    assert library is not None
+    assert not agrees(ConvolutionInC(library))
+
+
+def test_without_memory_no_numbers_are_made_up() -> None:
+    library = SimpleNamespace(convolution=lambda *_: 1, convolution_gradient=lambda *_: 1)
+    form = ConvolutionInC(cast(Any, library))
+    images, weight = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 5, 5)
+    for call in (
+        lambda: form.outputs(images, weight, None),
+        lambda: form.slopes_of_inputs(images, weight),
+        lambda: form.slopes_of_weights(images, images),
+    ):
+        with pytest.raises(MemoryError, match="no memory for a convolution"):
+            call()
+
+
+@pytest.mark.parametrize(("variable", "value"), [("FEDPRIV_NATIVE", "0"), ("CC", "/none")])
+def test_without_a_compiler_torch_computes(variable: str, value: str, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(variable, value)
+    convolution_in_c.cache_clear()
+    layer, inputs = drawn((2, 3, 8, 8, 4))
+    try:
+        assert convolution_in_c() is None
+        assert torch.equal(layer(inputs), nn.functional.conv2d(inputs, layer.weight, layer.bias, padding=2))
+    finally:
+        convolution_in_c.cache_clear()
