@@ -1,10 +1,11 @@
-"""Convolutions of few channels in C, for gradients of single clients on a CPU; torch computes all others.
+"""Convolutions of few channels in C on a CPU; torch computes all others.
 
 torch lays channels out in blocks of sixteen. With 3 to 8 channels of images 32 x 32 most of a block is empty, and
 gradients take 1.7 times as long as here, in either layout; with 16 channels on both sides torch is as fast.
 """
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -26,12 +27,15 @@ _SIDE, _PADDING = 5, 2
 _MAX_INPUTS, _MAX_OUTPUTS, _MIN_WIDTH = 8, 16, 8
 # C and a computation in float64 may differ by this part of the results' length.
 _TOLERANCE = 4e-6
+# Images of a thread, at least, if torch may use several.
+_MIN_IMAGES = 64
 
 
 class ConvolutionInC:
     """The functions of `convolution.c`, for kernels 5 x 5 with stride 1 and padding 2.
 
-    Images are float32 on the CPU; those that are read may have any strides, and results have channels outermost.
+    Images are float32 on the CPU; those that are read may have any strides, and results have channels outermost. Many
+    images are computed on as many threads as torch may use, except for sums over images.
 
     Args:
         library: The compiled file.
@@ -81,13 +85,22 @@ class ConvolutionInC:
     def _run(self, inputs: Tensor, weight: Tensor, bias: Tensor | None, outs: int, *, transposed: bool) -> Tensor:
         images, channels, height, width = inputs.shape
         found = torch.empty((images, outs, height, width), dtype=torch.float32)
-        sizes = (images, channels, height, width, *inputs.stride())
         added = None if bias is None else bias.data_ptr()
-        _require_memory(
-            self._convolution(
-                inputs.data_ptr(), *sizes, weight.data_ptr(), added, outs, int(transposed), found.data_ptr()
+
+        def run(part: tuple[Tensor, Tensor]) -> int:
+            x, y = part
+            sizes = (len(x), channels, height, width, *x.stride())
+            return self._convolution(
+                x.data_ptr(), *sizes, weight.data_ptr(), added, outs, int(transposed), y.data_ptr()
             )
-        )
+
+        threads = min(torch.get_num_threads(), images // _MIN_IMAGES)
+        if threads <= 1:
+            _require_memory(run((inputs, found)))
+        else:  # threads of their own: those of a kept pool would be missing after a fork
+            with ThreadPoolExecutor(threads) as pool:
+                parts = zip(inputs.tensor_split(threads), found.tensor_split(threads), strict=True)
+                _require_memory(max(pool.map(run, parts)))
         return found
 
 
@@ -168,10 +181,10 @@ class _Convolved(torch.autograd.Function):
 
 
 class DirectConv2d(nn.Conv2d):
-    """`Conv2d` with a kernel 5 x 5 that keeps the size of images: in C if gradients are recorded and channels are few.
+    """`Conv2d` with a kernel 5 x 5 that keeps the size of images: in C if channels are few.
 
-    torch takes evaluations, which may use several threads, transforms of functions, exports, GPUs, and other types of
-    numbers. C adds products in another order than torch, so results differ in their last digits.
+    torch takes transforms of functions, exports, GPUs, and other types of numbers. C adds products in another order
+    than torch, so results differ in their last digits.
 
     Args:
         channels: Of the inputs.
@@ -183,22 +196,24 @@ class DirectConv2d(nn.Conv2d):
 
     def forward(self, inputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the outputs `[images, outs, height, width]` of images `[images, channels, height, width]`."""
-        in_c = convolution_in_c() if _suits(inputs, self.weight, self.bias) else None
+        in_c = self.form if _suits(inputs, self.weight, self.bias) else None
         if in_c is None:
             return super().forward(inputs)
         return cast(Tensor, _Convolved.apply(inputs, self.weight, self.bias, in_c))
 
+    @property
+    def form(self) -> ConvolutionInC | None:
+        """The C form, if this layer has few channels and there is one: then the layout of images does not matter."""
+        few = self.in_channels <= _MAX_INPUTS and self.out_channels <= _MAX_OUTPUTS
+        return convolution_in_c() if few else None
+
 
 def _suits(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     parts = [inputs, weight] if bias is None else [inputs, weight, bias]
-    if not is_eager() or not torch.is_grad_enabled() or not any(part.requires_grad for part in parts):
-        return False
-    if any(type(part) not in (Tensor, nn.Parameter) for part in parts):
+    if not is_eager() or any(type(part) not in (Tensor, nn.Parameter) for part in parts):
         return False
     if any(part.device.type != "cpu" or part.dtype != torch.float32 for part in parts):
         return False
     if inputs.dim() != 4 or inputs.shape[3] < _MIN_WIDTH or not all(part.is_contiguous() for part in parts[1:]):
         return False
-    outs, channels = weight.shape[:2]
-    fits = channels == inputs.shape[1] and channels <= _MAX_INPUTS and outs <= _MAX_OUTPUTS
-    return fits and not torch.is_autocast_enabled("cpu")
+    return weight.shape[1] == inputs.shape[1] and not torch.is_autocast_enabled("cpu")

@@ -8,6 +8,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
@@ -26,6 +27,7 @@ __all__ = ["MODELS", "C4Cnn", "Cnn", "Mlp", "ModelSource", "ResNet20", "Softmax"
 
 # A layer takes time and memory however few parameters it has.
 _MAX_LAYERS = 1000
+_MAX_DIRECT_WIDTH = 8
 
 
 class ModelSource(Protocol):
@@ -229,10 +231,12 @@ def _dense_layers(inputs: int, hidden: tuple[int, ...], classes: int) -> nn.Modu
 
 
 def _lenet(channels: int, pixels: int, width: int, classes: int) -> nn.Module:
+    # Up to this width all convolutions are faster in C, and beyond it none.
+    conv = DirectConv2d if width <= _MAX_DIRECT_WIDTH else partial(nn.Conv2d, kernel_size=5, padding=2)
     layers = {
-        0: DirectConv2d(channels, width),
+        0: conv(channels, width),
         1: MaxPoolReLU(),  # pooling first: the same numbers and gradients as after ReLU, from a quarter of the elements
-        3: DirectConv2d(width, 2 * width),
+        3: conv(width, 2 * width),
         4: MaxPoolReLU(),
         6: nn.Flatten(),
         7: nn.Linear(2 * width * pixels, 7 * width),

@@ -15,6 +15,7 @@ from torch.func import functional_call, grad, vmap
 from fedpriv.bounding import Bounded, Clip
 from fedpriv.checks import one_of
 from fedpriv.tasks.adapters.staged import AdaptedModule, frozen_digest
+from fedpriv.tasks.convolution import DirectConv2d
 from fedpriv.tasks.dense import DenseLayers
 from fedpriv.tasks.kinds import Classification, TaskKind
 from fedpriv.tasks.metrics import meter_of
@@ -304,9 +305,8 @@ class Task:
     def outputs(self, model: Tensor, inputs: Tensor, size: int) -> Iterator[Tensor]:
         """Yield the outputs `[size, ...]` of pieces of `size` examples, the last one of the rest; without gradients.
 
-        On a CPU, convolutions of torch and fedpriv take images with channels innermost here, also without
-        `channels_last`: it is faster, and logits are equal up to rounding. Other modules may contain views that need
-        the usual order.
+        On a CPU, convolutions of torch take images with channels innermost here, also without `channels_last`: it is
+        faster, and logits are equal up to rounding. Modules of others may contain views that need the usual order.
 
         Args:
             model: x, `[params]`.
@@ -322,7 +322,8 @@ class Task:
         known = all(
             type(layer).__module__.partition(".")[0] in ("torch", "fedpriv") for layer in self._module.modules()
         )
-        return known and any(isinstance(layer, nn.Conv2d) for layer in self._module.modules())
+        convolutions = [layer for layer in self._module.modules() if isinstance(layer, nn.Conv2d)]
+        return known and any(not isinstance(layer, DirectConv2d) or layer.form is None for layer in convolutions)
 
     def _for_evaluation(self, inputs: Tensor) -> Tensor:
         if inputs.dim() != 4 or self.device.type != "cpu" or not self._takes_channels_last:

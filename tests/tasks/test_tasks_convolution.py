@@ -1,4 +1,4 @@
-"""Convolutions in C: those of torch up to rounding, for gradients of few channels; torch computes all others."""
+"""Convolutions in C: those of torch up to rounding, for few channels; torch computes all others."""
 
 import copy
 import sys
@@ -132,9 +132,7 @@ def test_a_layer_without_a_bias_is_computed_too(used: list[torch.Size]) -> None:
 
 
 @in_c
-def test_c_takes_gradients_of_few_channels_and_torch_the_rest(
-    used: list[torch.Size], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_c_takes_few_channels_and_torch_the_rest(used: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
     layer, inputs = drawn((2, 3, 8, 8, 4))
     layer(inputs)
     assert len(used) == 1
@@ -143,8 +141,6 @@ def test_c_takes_gradients_of_few_channels_and_torch_the_rest(
     double = copy.deepcopy(layer).double()
     assert double(inputs.double()).dtype == torch.float64
     layer(inputs[0])
-    with torch.no_grad():
-        layer(inputs)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(inputs).dtype == torch.bfloat16
     torch.func.vmap(layer)(inputs[None])
@@ -174,6 +170,43 @@ def test_gradients_of_a_network_are_those_of_torchs_convolutions(channels_last: 
     loss = nn.functional.cross_entropy(plain(images.double()), labels)
     expected = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(plain.parameters()))])
     assert is_close(found.double(), expected)
+
+
+@in_c
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_no_bit(threads: int, used: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, inputs = drawn((3 * 64 + 5, 2, 6, 9, 3))
+    slopes, form = torch.randn(len(inputs), 3, 6, 9), convolution_in_c()
+    assert form is not None
+    before = derivatives(layer, inputs, slopes)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(convolution, "ThreadPoolExecutor", counted := Counted(convolution.ThreadPoolExecutor))
+    after = derivatives(layer, inputs, slopes)
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert counted.sizes == [threads, threads]  # outputs, and slopes by inputs
+    with torch.no_grad():
+        assert torch.equal(layer(inputs), before[0])
+    assert len(used) == 3
+
+
+class Counted:
+    """Makes pools of threads, and notes their sizes."""
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        self.make, self.sizes = make, []
+
+    def __call__(self, threads: int) -> Any:
+        self.sizes.append(threads)
+        return self.make(threads)
+
+
+@in_c
+def test_an_evaluation_gives_the_layer_images_as_they_are() -> None:
+    task = Task(Cnn().build((1, 8, 12), 10, 0))
+    model, images = task.initial_model(), torch.randn(5, 1, 8, 12)
+    assert task._for_evaluation(images) is images
+    assert Task(Cnn(width=9).build((1, 8, 12), 10, 0))._for_evaluation(images) is not images
+    assert torch.allclose(torch.cat(list(task.outputs(model, images, 2))), task.logits(model, images), atol=1e-6)
 
 
 @in_c
