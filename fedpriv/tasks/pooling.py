@@ -58,7 +58,7 @@ class PoolingInC:
     def spread(self, slopes: Tensor, places: Tensor, shape: torch.Size, layout: torch.memory_format) -> Tensor:
         """Return the derivative by the inputs of this shape and layout from the one by the maxima."""
         found = torch.empty(shape, dtype=torch.float32, memory_format=layout, device="cpu")
-        slopes = slopes.resolve_neg().contiguous(memory_format=layout)
+        slopes, places = slopes.contiguous(memory_format=layout), places.contiguous(memory_format=layout)
         (_, spread), sizes = self._of(shape, layout)
         spread(slopes.data_ptr(), places.data_ptr(), *sizes, found.data_ptr())
         return found
@@ -137,11 +137,24 @@ class _Pooled(torch.autograd.Function):
         return values
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor, None]:
-        return ctx.in_c.spread(*grad_outputs, *ctx.saved_tensors, ctx.shape, ctx.layout), None
+        (slopes,), (places,) = grad_outputs, ctx.saved_tensors
+        # With gradients enabled, torch asks for a graph: derivatives of these derivatives.
+        if torch.is_grad_enabled() or not is_eager() or not in_memory(slopes):
+            return _spread_in_torch(slopes, places, ctx.shape), None
+        return ctx.in_c.spread(slopes, places, ctx.shape, ctx.layout), None
+
+
+def _spread_in_torch(slopes: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+    """Return the same as `PoolingInC.spread`, of slopes that may be differentiated or transformed."""
+    parts = [torch.where(places == place, slopes, 0.0) for place in range(4)]
+    *lead, rows, columns = slopes.shape
+    pairs = [torch.stack(parts[start : start + 2], -1) for start in (0, 2)]
+    found = torch.stack([pair.reshape(*lead, rows, 2 * columns) for pair in pairs], -2)
+    missing = (0, shape[-1] - 2 * columns, 0, shape[-2] - 2 * rows)
+    return nn.functional.pad(found.reshape(*lead, 2 * rows, 2 * columns), missing)
 
 
 class MaxPoolReLU(nn.Module):

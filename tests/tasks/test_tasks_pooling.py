@@ -141,6 +141,22 @@ def test_other_signs_and_another_default_device_change_nothing() -> None:
 
 
 @in_c
+@pytest.mark.parametrize("shape", [(2, 3, 6, 8), (2, 3, 7, 5)])
+def test_gradients_have_gradients_and_many_are_taken_at_once(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, penalties = torch.randn(shape, generator=generator).requires_grad_(), []
+    for pool in (MaxPoolReLU(), TORCHS):
+        values = pool(images)
+        slope = torch.autograd.grad(values.pow(3).sum(), images, create_graph=True)[0]
+        once = torch.autograd.grad(slope.pow(2).sum(), images)[0]
+        sums = torch.stack([pool(images).sum(), pool(2.0 * images).pow(2).sum()])
+        penalties.append((slope, once, torch.autograd.grad(sums, images, torch.eye(2), is_grads_batched=True)[0]))
+    for one, other in zip(*penalties, strict=True):
+        torch.testing.assert_close(one, other)
+    assert all(part.any() for part in penalties[1])
+
+
+@in_c
 def test_gradients_of_a_network_are_those_of_torchs_pooling_to_the_bit() -> None:
     module = Cnn(width=2).build((3, 12, 14), 10, 0)
     task, images = Task(module), torch.randn(5, 3, 12, 14)
