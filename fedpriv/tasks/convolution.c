@@ -235,7 +235,7 @@ int convolution_gradient(const float *inputs, size_t images, size_t channels, si
     const frame f = frame_of(height, width);
     const strides s = {image_stride, channel_stride, row_stride, place_stride};
     const strides dense = {outs * height * width, height * width, width, 1};
-    const size_t vectors = height * f.across, together = vectors < VECTORS ? VECTORS / vectors : 1;
+    const size_t vectors = height * f.across, together = vectors > 0 && vectors < VECTORS ? VECTORS / vectors : 1;
     const size_t count = outs * channels * TAPS;
     float *x = framed_room(f, together * channels), *d = framed_room(f, together * outs);
     vector *sums = aligned_alloc(sizeof *sums, (count + 1) * sizeof *sums);

@@ -5,6 +5,7 @@ gradients take 1.7 times as long as here, in either layout; with 16 channels on 
 """
 
 import ctypes
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import product
@@ -17,12 +18,13 @@ from torch.nn import functional
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fedpriv.native import native_library
-from fedpriv.tasks.pooling import is_eager
+from fedpriv.tasks.pooling import in_memory, is_eager
 
 __all__ = ["ConvolutionInC", "DirectConv2d", "convolution_in_c"]
 
 _SOURCE = Path(__file__).with_name("convolution.c")
 _SIDE, _PADDING = 5, 2
+_SIZES = ((_SIDE, _SIDE), (1, 1), (_PADDING, _PADDING), (1, 1), 1, "zeros")
 # With more channels torch is as fast, and narrower images fill less than half of a vector.
 _MAX_INPUTS, _MAX_OUTPUTS, _MIN_WIDTH = 8, 16, 8
 # C and a computation in float64 may differ by this part of the results' length.
@@ -49,8 +51,8 @@ class ConvolutionInC:
 
         Args:
             inputs: `[images, channels, height, width]`.
-            weight: `[outs, channels, 5, 5]`, contiguous.
-            bias: `[outs]`, contiguous, or None.
+            weight: `[outs, channels, 5, 5]`.
+            bias: `[outs]`, or None.
 
         Raises:
             MemoryError: If there is no memory for one image.
@@ -84,24 +86,30 @@ class ConvolutionInC:
 
     def _run(self, inputs: Tensor, weight: Tensor, bias: Tensor | None, outs: int, *, transposed: bool) -> Tensor:
         images, channels, height, width = inputs.shape
-        found = torch.empty((images, outs, height, width), dtype=torch.float32)
-        added = None if bias is None else bias.data_ptr()
+        found = torch.empty((images, outs, height, width), dtype=torch.float32, device="cpu")
+        kept, added = weight.contiguous(), None if bias is None else bias.contiguous()
+        biases = None if added is None else added.data_ptr()
 
         def run(part: tuple[Tensor, Tensor]) -> int:
             x, y = part
             sizes = (len(x), channels, height, width, *x.stride())
-            return self._convolution(
-                x.data_ptr(), *sizes, weight.data_ptr(), added, outs, int(transposed), y.data_ptr()
-            )
+            return self._convolution(x.data_ptr(), *sizes, kept.data_ptr(), biases, outs, int(transposed), y.data_ptr())
 
-        threads = min(torch.get_num_threads(), images // _MIN_IMAGES)
-        if threads <= 1:
-            _require_memory(run((inputs, found)))
-        else:  # threads of their own: those of a kept pool would be missing after a fork
-            with ThreadPoolExecutor(threads) as pool:
-                parts = zip(inputs.tensor_split(threads), found.tensor_split(threads), strict=True)
-                _require_memory(max(pool.map(run, parts)))
+        threads = max(min(torch.get_num_threads(), images // _MIN_IMAGES), 1)
+        parts = list(zip(inputs.tensor_split(threads), found.tensor_split(threads), strict=True))
+        _require_memory(max(_on_threads(run, parts)))
         return found
+
+
+def _on_threads(run: Callable[[tuple[Tensor, Tensor]], int], parts: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
+    if len(parts) > 1:
+        try:
+            # Threads of their own: those of a kept pool would be missing after a fork.
+            with ThreadPoolExecutor(len(parts)) as pool:
+                return list(pool.map(run, parts))
+        except RuntimeError:  # the system has no more threads, or Python starts none because its main one has ended
+            pass
+    return [run(part) for part in parts]
 
 
 def _require_memory(missing: int) -> None:
@@ -120,10 +128,11 @@ def _declare(library: ctypes.CDLL) -> None:
 def convolution_in_c() -> ConvolutionInC | None:
     """Return the C form; None without a compiler or AVX with FMA, or if it and torch disagree on this machine."""
     library = native_library(_SOURCE, _declare)
-    if library is None or not hasattr(torch._C, "_are_functorch_transforms_active"):
+    if library is None:
         return None
     in_c = ConvolutionInC(library)
-    return in_c if agrees(in_c) else None
+    with torch.device("cpu"):
+        return in_c if agrees(in_c) else None
 
 
 @torch.no_grad()
@@ -165,12 +174,14 @@ class _Convolved(torch.autograd.Function):
         return in_c.outputs(inputs, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         (slopes,), (inputs, weight) = grad_outputs, ctx.saved_tensors
-        by_inputs, by_weight, by_bias = ctx.needs_input_grad[:3]
+        wanted = by_inputs, by_weight, by_bias = ctx.needs_input_grad[:3]
+        # With gradients enabled, torch asks for a graph: derivatives of these derivatives.
+        if torch.is_grad_enabled() or not is_eager() or not all(map(in_memory, (slopes, inputs, weight))):
+            return (*_slopes_in_torch(slopes, inputs, weight, wanted), None)
         found = ctx.in_c.slopes_of_weights(inputs, slopes) if by_weight or by_bias else (None, None)
         return (
             ctx.in_c.slopes_of_inputs(slopes, weight) if by_inputs else None,
@@ -180,40 +191,43 @@ class _Convolved(torch.autograd.Function):
         )
 
 
+def _slopes_in_torch(
+    slopes: Tensor, inputs: Tensor, weight: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the wanted derivatives by inputs, weights and biases, which may be differentiated again."""
+    return torch.ops.aten.convolution_backward(
+        slopes, inputs, weight, [len(weight)], [1, 1], [_PADDING] * 2, [1, 1], False, [0, 0], 1, list(wanted)
+    )
+
+
 class DirectConv2d(nn.Conv2d):
-    """`Conv2d` with a kernel 5 x 5 that keeps the size of images: in C if channels are few.
+    """`Conv2d` that is computed in C if the kernel is 5 x 5, images keep their size, and channels are few.
 
-    torch takes transforms of functions, exports, GPUs, and other types of numbers. C adds products in another order
-    than torch, so results differ in their last digits.
-
-    Args:
-        channels: Of the inputs.
-        outs: Channels of the outputs.
+    torch takes all others, transforms of functions, exports, GPUs, and other types of numbers. C adds products in
+    another order than torch, so results differ in their last digits. Arguments are those of `Conv2d`.
     """
-
-    def __init__(self, channels: int, outs: int) -> None:
-        super().__init__(channels, outs, _SIDE, padding=_PADDING)
 
     def forward(self, inputs: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the outputs `[images, outs, height, width]` of images `[images, channels, height, width]`."""
-        in_c = self.form if _suits(inputs, self.weight, self.bias) else None
+        in_c = self.form if self._suits(inputs) else None
         if in_c is None:
             return super().forward(inputs)
         return cast(Tensor, _Convolved.apply(inputs, self.weight, self.bias, in_c))
 
     @property
     def form(self) -> ConvolutionInC | None:
-        """The C form, if this layer has few channels and there is one: then the layout of images does not matter."""
-        few = self.in_channels <= _MAX_INPUTS and self.out_channels <= _MAX_OUTPUTS
-        return convolution_in_c() if few else None
+        """The C form, if there is one and it computes this layer: then the layout of images does not matter."""
+        if self.in_channels > _MAX_INPUTS or self.out_channels > _MAX_OUTPUTS:
+            return None
+        sizes = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
+        return convolution_in_c() if sizes == _SIZES else None
 
-
-def _suits(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    parts = [inputs, weight] if bias is None else [inputs, weight, bias]
-    if not is_eager() or any(type(part) not in (Tensor, nn.Parameter) for part in parts):
-        return False
-    if any(part.device.type != "cpu" or part.dtype != torch.float32 for part in parts):
-        return False
-    if inputs.dim() != 4 or inputs.shape[3] < _MIN_WIDTH or not all(part.is_contiguous() for part in parts[1:]):
-        return False
-    return weight.shape[1] == inputs.shape[1] and not torch.is_autocast_enabled("cpu")
+    def _suits(self, inputs: Tensor) -> bool:
+        parts = [inputs, self.weight] if self.bias is None else [inputs, self.weight, self.bias]
+        if not is_eager() or not all(map(in_memory, parts)) or torch.is_autocast_enabled("cpu"):
+            return False
+        if inputs.dim() != 4 or inputs.shape[2] < 1 or inputs.shape[3] < _MIN_WIDTH:
+            return False
+        if self.weight.shape != (self.out_channels, self.in_channels, _SIDE, _SIDE):
+            return False
+        return inputs.shape[1] == self.in_channels and (self.bias is None or self.bias.shape == (self.out_channels,))

@@ -232,7 +232,7 @@ def _dense_layers(inputs: int, hidden: tuple[int, ...], classes: int) -> nn.Modu
 
 def _lenet(channels: int, pixels: int, width: int, classes: int) -> nn.Module:
     # Up to this width all convolutions are faster in C, and beyond it none.
-    conv = DirectConv2d if width <= _MAX_DIRECT_WIDTH else partial(nn.Conv2d, kernel_size=5, padding=2)
+    conv = partial(DirectConv2d if width <= _MAX_DIRECT_WIDTH else nn.Conv2d, kernel_size=5, padding=2)
     layers = {
         0: conv(channels, width),
         1: MaxPoolReLU(),  # pooling first: the same numbers and gradients as after ReLU, from a quarter of the elements

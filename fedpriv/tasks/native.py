@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.native import native_library
+from fedpriv.tasks.pooling import in_memory
 
 __all__ = ["SoftmaxInC", "softmax_in_c"]
 
@@ -43,9 +44,7 @@ class SoftmaxInC:
         """
         given = (models, inputs, labels, weights)
         kinds = (torch.float32, torch.float32, torch.int64, torch.float32)
-        if any(
-            type(t) is not Tensor or t.device.type != "cpu" or t.dtype != k for t, k in zip(given, kinds, strict=True)
-        ):
+        if not all(in_memory(tensor, kind) for tensor, kind in zip(given, kinds, strict=True)):
             return None
         models, inputs, labels, weights = (tensor.contiguous() for tensor in given)
         clients, examples, width = inputs.shape
@@ -79,7 +78,8 @@ def softmax_in_c() -> SoftmaxInC | None:
     if library is None:
         return None
     in_c = SoftmaxInC(library)
-    return in_c if agrees(in_c) else None
+    with torch.device("cpu"):
+        return in_c if agrees(in_c) else None
 
 
 def agrees(in_c: SoftmaxInC) -> bool:

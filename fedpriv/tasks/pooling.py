@@ -13,12 +13,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fedpriv.native import native_library
 
-__all__ = ["MaxPoolReLU", "PoolingInC", "is_eager", "pooling_in_c"]
+__all__ = ["MaxPoolReLU", "PoolingInC", "in_memory", "is_eager", "pooling_in_c"]
 
 _SOURCE = Path(__file__).with_name("pooling.c")
+# Not part of torch's public interface: without them, torch computes.
+_ASKED = ("_get_tracing_state", "_len_torch_dispatch_stack", "_are_functorch_transforms_active", "_has_storage")
+_CAN_ASK = all(hasattr(torch._C, name) for name in _ASKED) and hasattr(forward_ad, "_current_level")
 
 
 class PoolingInC:
@@ -44,16 +48,17 @@ class PoolingInC:
         if layout is None:
             raise ValueError(f"images of shape {tuple(inputs.shape)} and strides {inputs.stride()} have gaps")
         *lead, height, width = inputs.shape
-        values = torch.empty((*lead, height // 2, width // 2), dtype=torch.float32, memory_format=layout)
-        places = torch.empty(values.shape, dtype=torch.int32, memory_format=layout)
+        shape, kept = (*lead, height // 2, width // 2), {"memory_format": layout, "device": "cpu"}
+        values = torch.empty(shape, dtype=torch.float32, **kept)
+        places = torch.empty(shape, dtype=torch.int32, **kept)
         (pool, _), sizes = self._of(inputs.shape, layout)
         pool(inputs.data_ptr(), *sizes, values.data_ptr(), places.data_ptr())
         return values, places
 
     def spread(self, slopes: Tensor, places: Tensor, shape: torch.Size, layout: torch.memory_format) -> Tensor:
         """Return the derivative by the inputs of this shape and layout from the one by the maxima."""
-        found = torch.empty(shape, dtype=torch.float32, memory_format=layout)
-        slopes = slopes.contiguous(memory_format=layout)
+        found = torch.empty(shape, dtype=torch.float32, memory_format=layout, device="cpu")
+        slopes, places = slopes.contiguous(memory_format=layout), places.contiguous(memory_format=layout)
         (_, spread), sizes = self._of(shape, layout)
         spread(slopes.data_ptr(), places.data_ptr(), *sizes, found.data_ptr())
         return found
@@ -88,10 +93,10 @@ def _declare(library: ctypes.CDLL) -> None:
 def pooling_in_c() -> PoolingInC | None:
     """Return the C form; None if there is no compiler, or if it and torch disagree on this machine."""
     library = native_library(_SOURCE, _declare)
-    if library is None or not hasattr(torch._C, "_are_functorch_transforms_active"):
+    if library is None:
         return None
     in_c = PoolingInC(library)
-    with torch.inference_mode(False), torch.enable_grad():  # the first use may be in an evaluation
+    with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():  # the first use may be anywhere
         return in_c if agrees(in_c) else None
 
 
@@ -132,11 +137,24 @@ class _Pooled(torch.autograd.Function):
         return values
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor, None]:
-        return ctx.in_c.spread(*grad_outputs, *ctx.saved_tensors, ctx.shape, ctx.layout), None
+        (slopes,), (places,) = grad_outputs, ctx.saved_tensors
+        # With gradients enabled, torch asks for a graph: derivatives of these derivatives.
+        if torch.is_grad_enabled() or not is_eager() or not in_memory(slopes):
+            return _spread_in_torch(slopes, places, ctx.shape), None
+        return ctx.in_c.spread(slopes, places, ctx.shape, ctx.layout), None
+
+
+def _spread_in_torch(slopes: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+    """Return the same as `PoolingInC.spread`, of slopes that may be differentiated or transformed."""
+    parts = [torch.where(places == place, slopes, 0.0) for place in range(4)]
+    *lead, rows, columns = slopes.shape
+    pairs = [torch.stack(parts[start : start + 2], -1) for start in (0, 2)]
+    found = torch.stack([pair.reshape(*lead, rows, 2 * columns) for pair in pairs], -2)
+    missing = (0, shape[-1] - 2 * columns, 0, shape[-2] - 2 * rows)
+    return nn.functional.pad(found.reshape(*lead, 2 * rows, 2 * columns), missing)
 
 
 class MaxPoolReLU(nn.Module):
@@ -156,13 +174,27 @@ def _in_torch(inputs: Tensor) -> Tensor:
 
 
 def _suits(inputs: Tensor) -> bool:
-    if not is_eager() or type(inputs) is not Tensor or inputs.device.type != "cpu" or inputs.dtype != torch.float32:
+    if not is_eager() or not in_memory(inputs):
         return False
     return layout_of(inputs) is not None and min(inputs.shape[-2:]) >= 2
 
 
 def is_eager() -> bool:
-    """Return True if operations are computed as they are called: not compiled, traced or transformed."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    """Return True if operations are computed as they are called: not compiled, recorded or transformed."""
+    if not _CAN_ASK or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
         return False
     return not torch._C._are_functorch_transforms_active()
+
+
+def in_memory(tensor: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Return True if C may read a tensor: numbers of this type in the CPU's memory, with the signs they have there.
+
+    Args:
+        tensor: Of any kind.
+        dtype: The type of its numbers.
+    """
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu" or tensor.dtype != dtype:
+        return False
+    return _CAN_ASK and torch._C._has_storage(tensor) and not tensor.is_neg() and not tensor._is_zerotensor()

@@ -323,7 +323,8 @@ class Task:
             type(layer).__module__.partition(".")[0] in ("torch", "fedpriv") for layer in self._module.modules()
         )
         convolutions = [layer for layer in self._module.modules() if isinstance(layer, nn.Conv2d)]
-        return known and any(not isinstance(layer, DirectConv2d) or layer.form is None for layer in convolutions)
+        direct = DirectConv2d if self._precision == "float32" else ()
+        return known and any(not isinstance(layer, direct) or layer.form is None for layer in convolutions)
 
     def _for_evaluation(self, inputs: Tensor) -> Tensor:
         if inputs.dim() != 4 or self.device.type != "cpu" or not self._takes_channels_last:

@@ -18,6 +18,7 @@ from fedpriv.experiment.watching import StopRun
 from fedpriv.tasks.adapters import ADAPTERS, AdaptedModule, FedSvd, FfaLora, Head, Lora, lora_layers, merged, svd_step
 from fedpriv.tasks.adapters.factors import lora_weight
 from fedpriv.tasks.adapters.kept import KeptActivations, KeptStore
+from fedpriv.tasks.models import Cnn
 from fedpriv.tasks.per_example import PerExample, cross_entropies
 from fedpriv.tasks.per_example.rows import gradient_rows
 from fedpriv.tasks.task import Task
@@ -123,6 +124,22 @@ def test_the_adapted_model_begins_as_the_model_and_equals_its_formula() -> None:
         weight += 1.5 * (b @ a).reshape(weight.shape)
     images = inputs.repeat(1, 4, 1, 1)
     torch.testing.assert_close(module.inner.get_submodule("2")(images), plain.get_submodule("2")(images))
+
+
+@needs_peft
+def test_convolutions_of_the_model_cnn_get_adapters_of_the_formula() -> None:
+    images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    module = Lora(targets=["0", "3"], rank=2, alpha=3.0).adapted(Cnn().build((3, 16, 16), 10, 0), (3, 16, 16), 0)
+    plain = Cnn().build((3, 16, 16), 10, 0)
+    with torch.no_grad():
+        for parameter in trainable(module).values():
+            parameter += 0.1
+    for name, (b, a) in zip(("0", "3"), factors(module), strict=True):
+        with torch.no_grad():
+            weight = plain.get_parameter(f"{name}.weight")
+            weight += 1.5 * (b @ a).reshape(weight.shape)
+    torch.testing.assert_close(module(images), plain(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merged(module)(images), plain(images), rtol=1e-4, atol=1e-5)
 
 
 @needs_peft

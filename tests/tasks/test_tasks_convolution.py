@@ -1,7 +1,9 @@
 """Convolutions in C: those of torch up to rounding, for few channels; torch computes all others."""
 
 import copy
+import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -10,9 +12,10 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fedpriv.native import native_library
-from fedpriv.tasks import convolution
+from fedpriv.tasks import convolution, pooling
 from fedpriv.tasks.convolution import ConvolutionInC, DirectConv2d, agrees, convolution_in_c
 from fedpriv.tasks.models import Cnn
 from fedpriv.tasks.task import Task
@@ -51,7 +54,7 @@ def drawn(shape: tuple[int, ...], layout: torch.memory_format = torch.contiguous
     images, channels, height, width, outs = shape
     torch.manual_seed(sum(shape))
     inputs = torch.randn(images, channels, height, width).contiguous(memory_format=layout)
-    return DirectConv2d(channels, outs), inputs
+    return DirectConv2d(channels, outs, 5, padding=2), inputs
 
 
 def derivatives(layer: nn.Conv2d, inputs: Tensor, slopes: Tensor) -> list[Tensor]:
@@ -149,12 +152,150 @@ def test_c_takes_few_channels_and_torch_the_rest(used: list[torch.Size], monkeyp
         warnings.filterwarnings("ignore", "`torch.jit.trace", DeprecationWarning)
         torch.jit.trace(layer, inputs, check_trace=False)
     copy.deepcopy(layer).to("meta")(inputs.to("meta"))
+    with torch.autograd.forward_ad.dual_level(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+        dual = torch.autograd.forward_ad.make_dual(inputs, inputs)
+        assert torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent is not None
+    for name, value in (("stride", (2, 2)), ("padding", (1, 1)), ("dilation", (2, 2)), ("padding_mode", "circular")):
+        with monkeypatch.context() as patch:
+            patch.setattr(layer, name, value)
+            layer.extra_repr()
+            if name == "padding_mode":
+                patch.setattr(layer, "_reversed_padding_repeated_twice", [2, 2, 2, 2])
+            layer(inputs)
+    smaller = copy.deepcopy(layer)
+    smaller.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+    assert smaller(inputs).shape == (2, 4, 10, 10)
+    with pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
+        layer(inputs[:, :, :0])
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        layer(inputs)
+    with monkeypatch.context() as patch:
+        patch.setattr(pooling, "_CAN_ASK", False)
         layer(inputs)
     with pytest.raises(RuntimeError, match="channels"):
         layer(inputs[:, :2])
     assert len(used) == 1
+
+
+def lazily_negative(tensor: Tensor) -> Tensor:
+    """Return the same numbers, in memory with the other sign: views of complex numbers are so."""
+    found = torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
+    assert found.is_neg()
+    return found
+
+
+@in_c
+def test_numbers_count_with_the_sign_that_torch_gives_them() -> None:
+    layer, inputs = drawn((2, 3, 8, 9, 4))
+    slopes = torch.randn(2, 4, 8, 9)
+    with torch.no_grad():
+        assert is_close(layer(lazily_negative(inputs)), layer(inputs))
+    leaf = inputs.requires_grad_()
+    outputs, wanted = layer(leaf), [leaf, *layer.parameters()]
+    expected = torch.autograd.grad(outputs, wanted, slopes, retain_graph=True)
+    found = torch.autograd.grad(outputs, wanted, lazily_negative(slopes))
+    assert all(is_close(one, other) for one, other in zip(found, expected, strict=True))
+    layer.weight.data = cast(Any, torch)._neg_view(-layer.weight.detach())
+    assert is_close(layer(inputs).detach(), outputs.detach())
+
+
+@in_c
+def test_zeros_without_memory_are_zeros() -> None:
+    layer, _ = drawn((2, 3, 8, 8, 4))
+    zeros = cast(Any, torch)._efficientzerotensor((2, 3, 8, 8))
+    assert torch.equal(layer(zeros), layer(torch.zeros(2, 3, 8, 8)))
+
+
+@in_c
+def test_gradients_have_gradients() -> None:
+    layer, inputs = drawn((2, 3, 8, 9, 4))
+    found, expected = ([part.double() for part in penalties(each, inputs)] for each in (layer, in_torch(layer)))
+    assert all(is_close(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def penalties(layer: nn.Conv2d, inputs: Tensor) -> list[Tensor]:
+    """Return derivatives of a loss with gradients in it: of a linear one, and of another."""
+    leaf = inputs.detach().to(layer.weight.dtype).requires_grad_()
+    outputs = layer(leaf)
+    slopes = [torch.autograd.grad(part, leaf, create_graph=True)[0] for part in (outputs.sum(), outputs.pow(2).sum())]
+    loss = outputs.mean() + sum(slope.pow(2).sum() for slope in slopes)
+    return list(torch.autograd.grad(loss, [leaf, *layer.parameters()]))
+
+
+@in_c
+def test_many_derivatives_are_taken_at_once() -> None:
+    layer, inputs = drawn((2, 3, 8, 9, 4))
+    leaf = inputs.requires_grad_()
+    outputs = layer(leaf).sum((0, 2, 3))
+    found = torch.autograd.grad(outputs, leaf, torch.eye(4), is_grads_batched=True, retain_graph=True)[0]
+    expected = [torch.autograd.grad(outputs, leaf, row, retain_graph=True)[0] for row in torch.eye(4)]
+    assert is_close(found, torch.stack(expected))
+
+
+@in_c
+def test_saved_tensors_may_return_in_another_layout() -> None:
+    layer, inputs = drawn((2, 3, 8, 9, 4))
+
+    def relaid(tensor: Tensor) -> Tensor:
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+
+    slopes = torch.randn(2, 4, 8, 9)
+    expected = derivatives(layer, inputs, slopes)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, relaid):
+        found = derivatives(layer, inputs, slopes)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@in_c
+def test_a_recorded_graph_has_the_convolution_in_it() -> None:
+    layer, inputs = drawn((2, 3, 8, 8, 4))
+    recorded = make_fx(layer)(inputs)
+    other = torch.randn_like(inputs)
+    assert is_close(recorded(other).detach(), layer(other).detach())
+
+
+@in_c
+def test_the_default_device_of_torch_does_not_matter() -> None:
+    layer, inputs = drawn((130, 3, 8, 8, 4))
+    slopes = torch.randn(130, 4, 8, 8)
+    expected = derivatives(layer, inputs, slopes)
+    with torch.device("meta"):
+        convolution_in_c.cache_clear()
+        found = derivatives(layer, inputs, slopes)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@in_c
+def test_without_further_threads_one_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, inputs = drawn((130, 2, 6, 9, 3))
+    expected, tried = layer(inputs), []
+
+    def start(thread: threading.Thread) -> None:
+        tried.append(thread)
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert torch.equal(layer(inputs), expected)
+    assert tried
+
+
+@in_c
+def test_a_thread_may_evaluate_after_the_main_one_has_ended() -> None:
+    script = """
+import threading, torch
+from fedpriv.tasks.convolution import DirectConv2d
+torch.set_num_threads(2)
+layer, inputs = DirectConv2d(3, 4, 5, padding=2), torch.randn(130, 3, 8, 8)
+def work():
+    threading.main_thread().join()
+    print(tuple(layer(inputs).shape))
+threading.Thread(target=work).start()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout.strip(), done.stderr.strip()) == ("(130, 4, 8, 8)", "")
 
 
 @in_c
@@ -206,6 +347,7 @@ def test_an_evaluation_gives_the_layer_images_as_they_are() -> None:
     model, images = task.initial_model(), torch.randn(5, 1, 8, 12)
     assert task._for_evaluation(images) is images
     assert Task(Cnn(width=9).build((1, 8, 12), 10, 0))._for_evaluation(images) is not images
+    assert Task(Cnn().build((1, 8, 12), 10, 0), precision="bfloat16")._for_evaluation(images) is not images
     assert torch.allclose(torch.cat(list(task.outputs(model, images, 2))), task.logits(model, images), atol=1e-6)
 
 

@@ -4,11 +4,12 @@ import io
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fedpriv.native import native_library
 from fedpriv.tasks import pooling
@@ -111,6 +112,7 @@ def test_c_takes_gradients_of_single_clients_and_torch_the_rest(monkeypatch: pyt
         assert torch.equal(layer(other), TORCHS(other))
     torch.func.vmap(layer)(images[None])
     torch.func.grad(lambda x: layer(x).sum())(images)
+    assert torch.equal(make_fx(layer)(images)(-images), TORCHS(-images))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.trace", DeprecationWarning)
         torch.jit.trace(layer, images, check_trace=False)
@@ -118,6 +120,40 @@ def test_c_takes_gradients_of_single_clients_and_torch_the_rest(monkeypatch: pyt
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         layer(images)
     assert len(used) == 2
+
+
+@in_c
+def test_other_signs_and_another_default_device_change_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, slopes = torch.randn(2, 3, 8, 8, generator=generator), torch.randn(2, 3, 4, 4, generator=generator)
+    expected = derivative(TORCHS, images, slopes)
+    leaf = cast(Any, torch)._neg_view(-images).requires_grad_()
+    values = MaxPoolReLU()(leaf)
+    assert torch.equal(values, expected[0])
+    values = MaxPoolReLU()(images.requires_grad_())
+    assert torch.equal(torch.autograd.grad(values, images, cast(Any, torch)._neg_view(-slopes))[0], expected[1])
+    with torch.device("meta"):
+        pooling_in_c.cache_clear()
+        softmax_in_c.cache_clear()
+        found = derivative(MaxPoolReLU(), images, slopes)
+        assert softmax_in_c() is not None
+    assert all(map(torch.equal, found, expected))
+
+
+@in_c
+@pytest.mark.parametrize("shape", [(2, 3, 6, 8), (2, 3, 7, 5)])
+def test_gradients_have_gradients_and_many_are_taken_at_once(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, penalties = torch.randn(shape, generator=generator).requires_grad_(), []
+    for pool in (MaxPoolReLU(), TORCHS):
+        values = pool(images)
+        slope = torch.autograd.grad(values.pow(3).sum(), images, create_graph=True)[0]
+        once = torch.autograd.grad(slope.pow(2).sum(), images)[0]
+        sums = torch.stack([pool(images).sum(), pool(2.0 * images).pow(2).sum()])
+        penalties.append((slope, once, torch.autograd.grad(sums, images, torch.eye(2), is_grads_batched=True)[0]))
+    for one, other in zip(*penalties, strict=True):
+        torch.testing.assert_close(one, other)
+    assert all(part.any() for part in penalties[1])
 
 
 @in_c
