@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from fedpriv.checks import real_within
+from fedpriv.data.files import refuse_other_separator
 from fedpriv.errors import UserError, nearest
 from fedpriv.plugins import Registry
 from fedpriv.streams import Purpose, SeededStreams
@@ -219,6 +220,8 @@ class Trace:
                 table = csv.DictReader(file, strict=True)
                 names = table.fieldnames or []
                 known = list(Profile._fields)
+                if not set(names) <= set(known):
+                    refuse_other_separator(Path(self.file), ",", known)
                 for name in names:
                     if name not in known or names.count(name) > 1:
                         raise UserError(self.file, "known columns, each at most once", repr(name), nearest(name, known))

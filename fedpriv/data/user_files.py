@@ -7,6 +7,7 @@ mean over all rows would let one client change the message of another.
 import csv
 import json
 import math
+import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import numpy as np
 
 from fedpriv.checks import refuse_beyond_memory
 from fedpriv.data.dataset import Dataset, Declared
-from fedpriv.data.files import DATA_ROOT_VARIABLE, default_data_root
+from fedpriv.data.files import DATA_ROOT_VARIABLE, default_data_root, refuse_other_separator
 from fedpriv.data.labels import expected_labels
 from fedpriv.data.mapped import MappedInputs
 from fedpriv.data.own import dataset_of
@@ -237,6 +238,8 @@ class _Table(_Files):
         if wrong.any():
             row = int(np.argmax(wrong))
             remedy = "Declare the column in data.categories, or add texts for missing values to data.missing"
+            if re.fullmatch(r"\s*[+-]?[\d.]+,\d+\s*", str(column.iloc[row])):
+                remedy = "Write numbers with a decimal point, and without commas"
             got = f"{str(column.iloc[row])[:40]!r} in {self._place(path, column, row)}"
             raise UserError(str(path), f"finite numbers in column {name!r}", got, remedy)
         shift, scale = self.numeric[name]
@@ -330,11 +333,22 @@ class Csv(_Table):
                 header=None,
             )
         except (ValueError, OSError) as error:  # pandas raises ValueError for unreadable files
+            self._check_separator(path, [*self.numeric, *self.categories] if names is None else len(names))
             raise _damaged(path, "a CSV file", error) from None
         if names is not None:
+            if len(names) != cells.shape[1]:
+                self._check_separator(path, len(names))
             return _renamed(path, cells, names)
         header = [str(name).removeprefix("\ufeff").strip() for name in cells.iloc[0]]
         return cells.iloc[1:].set_axis(header, axis=1)
+
+    def _require_columns(self, path: Path, frame: "pd.DataFrame", wanted: Sequence[str]) -> None:
+        if not set(wanted) <= set(frame.columns):
+            self._check_separator(path, wanted)
+        super()._require_columns(path, frame, wanted)
+
+    def _check_separator(self, path: Path, wanted: Sequence[str] | int) -> None:
+        refuse_other_separator(path, self.separator, wanted, "data.separator", self.comment)
 
     def _place(self, path: Path, column: "Column", row: int) -> str:
         """Return the line of the file; lines are counted from 1, with the header, empty lines and comments."""
