@@ -38,6 +38,10 @@ EXTRAS = {
 """The packages that `pip install 'fedpriv[EXTRA]'` adds, by import name."""
 
 
+_MAX_NAMES, _NAMES_OF_MANY = 40, 8
+"""Number of names above which a list of suggestions is cut, and the number of those that remain."""
+
+
 class UserError(ValueError):
     """A mistake that the user can fix, reported as one line.
 
@@ -81,12 +85,14 @@ def shown_as(part: Path, final: Path) -> Iterator[None]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a remedy that suggests the known name closest to `name`, or lists all known names if none is close."""
-    names = sorted(known)
+    """Return a remedy that suggests the known name closest to `name`, and lists all names, or the closest of many."""
+    names = sorted(set(known))
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if close:
-        return f"Did you mean {close[0]!r}? Known: {', '.join(names)}"
-    return f"Known: {', '.join(names) or 'none'}"
+    listed = f"Known: {', '.join(names) or 'none'}"
+    if len(names) > _MAX_NAMES:
+        shown = difflib.get_close_matches(name, names, n=_NAMES_OF_MANY, cutoff=0.0)
+        listed = f"Closest of {len(names):,} names: {', '.join(shown)}"
+    return f"Did you mean {close[0]!r}? {listed}" if close else listed
 
 
 def has_extra(extra: str) -> bool:
