@@ -84,9 +84,9 @@ def shown_as(part: Path, final: Path) -> Iterator[None]:
         raise
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str]) -> str:
     """Return a remedy that suggests the known name closest to `name`, and lists all names, or the closest of many."""
-    names = sorted(set(known))
+    name, names = str(name), sorted(set(known))
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     listed = f"Known: {', '.join(names) or 'none'}"
     if len(names) > _MAX_NAMES:

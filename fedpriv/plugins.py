@@ -113,7 +113,8 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         return found
 
     def __contains__(self, name: object) -> bool:
-        return name in self._known or name in self._referred or name in self._entry_points
+        known = isinstance(name, str) and (name in self._known or name in self._referred)
+        return known or (isinstance(name, str) and name in self._entry_points)
 
     def __iter__(self) -> Iterator[str]:
         yield from (name for name in self._known if name not in self._hidden)

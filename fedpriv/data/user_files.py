@@ -9,14 +9,15 @@ import json
 import math
 import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from fedpriv.checks import refuse_beyond_memory
+from fedpriv.checks import is_real, refuse_beyond_memory, shown
 from fedpriv.data.dataset import Dataset, Declared
 from fedpriv.data.files import DATA_ROOT_VARIABLE, default_data_root, refuse_other_separator
 from fedpriv.data.labels import expected_labels
@@ -120,6 +121,7 @@ class _Table(_Files):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_kinds()
         if not self.numeric and not self.categories:
             remedy = "Declare the columns to learn from, for example data.numeric = {age = [40, 15]}"
             raise UserError(
@@ -129,7 +131,7 @@ class _Table(_Files):
         if twice:
             raise UserError(f"data.{twice[0]}", "a column with one meaning", "two meanings", "Declare it once")
         for name, (shift, scale) in self.numeric.items():
-            if not (math.isfinite(shift) and _is_scale(scale)):
+            if not (is_real(shift) and _is_scale(scale)):
                 expected = f"two finite numbers for {name}, the second from 1e-20 to 1e20"
                 remedy = "Give the number to subtract and the number to divide by"
                 raise UserError("data.numeric", expected, [shift, scale], remedy)
@@ -142,6 +144,22 @@ class _Table(_Files):
         for name, values in self.categories.items():
             if not values or len(set(values)) < len(values):
                 raise UserError("data.categories", f"different values of {name}", values, "List each value once")
+
+    def _check_kinds(self) -> None:
+        """Raise UserError for a value of another kind; a config is checked before."""
+        checks: dict[str, tuple[Callable[[object], bool], str]] = {
+            "target": (lambda value: isinstance(value, str), "the name of a column"),
+            "client": (lambda value: value is None or isinstance(value, str), "the name of a column"),
+            "numeric": (lambda value: _is_table(value, _is_pair), "a table with two numbers for each column"),
+            "categories": (lambda value: _is_table(value, _is_texts), "a table with a list of texts for each column"),
+            "labels": (lambda value: value is None or _is_labels(value), "a list of texts, or of lists of texts"),
+            "missing": (_is_texts, "a list of texts"),
+            "fill": (lambda value: _is_table(value, is_real), "a table with a number for each column"),
+            "columns": (lambda value: value is None or _is_texts(value), "a list of names"),
+        }
+        for key, (fits, expected) in checks.items():
+            if not fits(getattr(self, key)):
+                raise UserError(f"data.{key}", expected, shown(getattr(self, key)), f"Change data.{key}")
 
     def _frame(self, path: Path, names: list[str] | None) -> "pd.DataFrame":
         """Return the table with unchanged cells."""
@@ -620,14 +638,31 @@ def _renamed(path: Path, frame: "pd.DataFrame", names: list[str]) -> "pd.DataFra
     return frame.set_axis(names, axis=1)
 
 
-def _is_scale(number: float) -> bool:
+def _is_table(value: object, fits: Callable[[object], bool]) -> bool:
+    """Return True for a table by names of columns if all its values fit."""
+    return isinstance(value, Mapping) and _is_texts(list(value)) and all(map(fits, value.values()))
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(one, Real) for one in value)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+
+
+def _is_labels(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(one, str) or _is_texts(one) for one in value)
+
+
+def _is_scale(number: object) -> bool:
     """Return True for a number that float32 inputs can be divided by."""
-    return 1e-20 <= number <= 1e20
+    return is_real(number, 1e-20, 1e20)
 
 
 def _require_scale(scale: float) -> None:
     if not _is_scale(scale):
-        raise UserError("data.scale", "a number from 1e-20 to 1e20", scale, "Give a divisor such as 255")
+        raise UserError("data.scale", "a number from 1e-20 to 1e20", shown(scale), "Give a divisor such as 255")
 
 
 def _require_scale_of_bytes(key: str, array: np.ndarray, scale: float) -> None:
@@ -638,10 +673,10 @@ def _require_scale_of_bytes(key: str, array: np.ndarray, scale: float) -> None:
 
 def _check_channels(mean: list[float] | None, std: list[float] | None) -> None:
     remedy = "Give one for each channel"
-    if not all(abs(number) <= 1e20 for number in mean or ()):
-        raise UserError("data.mean", "numbers from -1e20 to 1e20", mean, remedy)
-    if not all(_is_scale(number) for number in std or ()):
-        raise UserError("data.std", "numbers from 1e-20 to 1e20", std, remedy)
+    for key, numbers, low in (("mean", mean, -1e20), ("std", std, 1e-20)):
+        listed = numbers is None or isinstance(numbers, list | tuple)
+        if not listed or not all(is_real(number, low, 1e20) for number in numbers or ()):
+            raise UserError(f"data.{key}", f"a list of numbers from {low:g} to 1e20", shown(numbers), remedy)
 
 
 def _normalized(inputs: np.ndarray, mean: list[float] | None, std: list[float] | None) -> np.ndarray:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import tomli_w
 
+from fedpriv.checks import a_path
 from fedpriv.deploy.parties import clients_in_words, parties_config
 from fedpriv.deploy.setup.membership import registered_by_name
 from fedpriv.errors import UserError, require_extra
@@ -189,7 +190,7 @@ def run_deployed(
     require_extra("--deploy", "deploy")
     config.check_deployable()
     check_device_name(device, "--device")
-    way = Connection.of(connection) if isinstance(connection, str) else connection
+    way = connection if isinstance(connection, Connection) else Connection.of(str(a_path("deploy", connection)))
     out = Path(out).resolve()
     with tempfile.TemporaryDirectory(prefix="fedpriv-deploy-") as name:
         folder = Path(name)
