@@ -12,6 +12,7 @@ __all__ = [
     "UserError",
     "extra_of",
     "has_extra",
+    "naming",
     "nearest",
     "plural",
     "require_extra",
@@ -81,6 +82,17 @@ def shown_as(part: Path, final: Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error.filename, str):
             error.filename = error.filename.replace(str(part), str(final))
+        raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name `path` in errors of the block without a file: writes to an open file, as on a full disk, name none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
         raise
 
 

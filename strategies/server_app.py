@@ -18,6 +18,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.recorder import Recorder
 from fedpriv.experiment.run_directory import RunDirectory
+from fedpriv.files import write_atomically
 from fedpriv.flower.messages import ARRAYS, ModelArrays
 from fedpriv.flower.run_config import TEST_SEEDED, RunConfig
 from fedpriv.flower.server.attendance import Attendance
@@ -47,7 +48,7 @@ def main(grid: Grid, context: Context) -> None:
     except (UserError, OSError) as error:
         report = context.run_config.get("failure-report")
         if report and Path(str(report)).parent.is_dir():
-            Path(str(report)).write_text(_line_of(error), encoding="utf-8")
+            write_atomically(Path(str(report)), _line_of(error))
         raise
 
 

@@ -150,9 +150,9 @@ def test_wrong_arguments_of_a_plan_are_one_line(sampling: Any) -> None:
 
 @pytest.mark.parametrize("memory", [None, 0, "", "False"])
 def test_a_plan_takes_only_true_and_false_for_memory(memory: Any) -> None:
-    """None counted as False, and a plan without memory may claim the amplification by sampling."""
+    """None counted as False, and with fixed-size cohorts a plan without memory claims amplification by sampling."""
     with pytest.raises(UserError, match=r"^client_memory: expected True or False"):
-        make_plan(**{**PLAN, "sampling": Poisson(100, 0.1), "client_memory": memory})
+        make_plan(**{**PLAN, "sampling": FixedSize(100, 10), "client_memory": memory})
 
 
 def test_wrong_arguments_of_a_statement_are_one_line() -> None:
