@@ -100,9 +100,9 @@ class _Table(_Files):
         labels: The values of `target`, in the order of the labels 0, 1, ...; a list of values is one label. Without
             it, the values must be whole numbers from 0.
         missing: Texts that mean a missing value, in addition to an empty cell.
-        fill: For columns of numbers, the replacement of a missing value, before scaling. A missing category becomes a
-            row of zeros.
-        drop_missing: Drop rows with a missing value in a declared column.
+        fill: For columns of numbers, the replacement of a missing value, before scaling. A missing category has no
+            replacement: it becomes a row of zeros.
+        drop_missing: Drop rows with a missing value in a declared column; then `fill` has to be empty.
         columns: Names of the columns, if the file does not begin with them.
 
     Raises:
@@ -115,7 +115,7 @@ class _Table(_Files):
     categories: dict[str, list[str]] = field(default_factory=dict)
     labels: Labels | None = None
     missing: list[str] = field(default_factory=list)
-    fill: dict[str, float] = field(default_factory=dict)
+    fill: dict[str, float | str] = field(default_factory=dict)
     drop_missing: bool = False
     columns: list[str] | None = None
 
@@ -135,15 +135,27 @@ class _Table(_Files):
                 expected = f"two finite numbers for {name}, the second from 1e-20 to 1e20"
                 remedy = "Give the number to subtract and the number to divide by"
                 raise UserError("data.numeric", expected, [shift, scale], remedy)
-        for name in self.fill:
-            if name not in self.numeric:
-                raise UserError("data.fill", "columns of data.numeric", name, nearest(name, self.numeric))
+        self._check_fill()
         texts = [text for texts in self.labels or [] for text in _listed(texts)]
         if len(set(texts)) < len(texts):
             raise UserError("data.labels", "different values", self.labels, "List each value once")
         for name, values in self.categories.items():
             if not values or len(set(values)) < len(values):
                 raise UserError("data.categories", f"different values of {name}", values, "List each value once")
+
+    def _check_fill(self) -> None:
+        for name, value in self.fill.items():
+            if name in self.categories:
+                remedy = 'Remove it, or add a text for "missing" to its categories in the file and in data.categories'
+                got = f"the column of categories {name}: a missing category becomes a row of zeros"
+                raise UserError("data.fill", "columns of data.numeric", got, remedy)
+            if name not in self.numeric:
+                raise UserError("data.fill", "columns of data.numeric", name, nearest(name, self.numeric))
+            if not is_real(value):
+                raise UserError("data.fill", f"a finite number for {name}", shown(value), "Give a public constant")
+        if self.fill and self.drop_missing:
+            remedy = "Remove fill or drop_missing"
+            raise UserError("data.fill", "no values with drop_missing = true, which drops such rows", self.fill, remedy)
 
     def _check_kinds(self) -> None:
         """Raise UserError for a value of another kind; a config is checked before."""
@@ -154,7 +166,7 @@ class _Table(_Files):
             "categories": (lambda value: _is_table(value, _is_texts), "a table with a list of texts for each column"),
             "labels": (lambda value: value is None or _is_labels(value), "a list of texts, or of lists of texts"),
             "missing": (_is_texts, "a list of texts"),
-            "fill": (lambda value: _is_table(value, is_real), "a table with a number for each column"),
+            "fill": (lambda value: _is_table(value, _is_constant), "a table with a number for each column"),
             "columns": (lambda value: value is None or _is_texts(value), "a list of names"),
         }
         for key, (fits, expected) in checks.items():
@@ -261,7 +273,7 @@ class _Table(_Files):
             got = f"{str(column.iloc[row])[:40]!r} in {self._place(path, column, row)}"
             raise UserError(str(path), f"finite numbers in column {name!r}", got, remedy)
         shift, scale = self.numeric[name]
-        filled = np.where(absent, self.fill.get(name, 0.0), numbers)
+        filled = np.where(absent, float(self.fill.get(name, 0.0)), numbers)
         with np.errstate(over="ignore"):  # values that overflow become infinite, and are refused
             return ((filled - shift) / scale).astype(np.float32)[:, None]
 
@@ -645,6 +657,10 @@ def _is_table(value: object, fits: Callable[[object], bool]) -> bool:
 
 def _is_pair(value: object) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(one, Real) for one in value)
+
+
+def _is_constant(value: object) -> bool:
+    return isinstance(value, Real | str)  # `_check_fill` refuses texts, by their column
 
 
 def _is_texts(value: object) -> bool:

@@ -78,7 +78,10 @@ of the town",south,high
     [
         ({"categories": {"job": ["clerk", "smith"]}}, "of the town' in line 7"),
         ({"categories": {"job": ["smith"]}}, "'clerk' in line 5"),
-        ({"drop_missing": True, "missing": ["north"], "labels": ["low"], "categories": {}}, "'high' in line 7"),
+        (
+            {"drop_missing": True, "fill": {}, "missing": ["north"], "labels": ["low"], "categories": {}},
+            "'high' in line 7",
+        ),
         ({"columns": ["age", "job", "place", "income"], "fill": {}, "categories": {}}, "'age' in line 3"),
     ],
 )
@@ -149,6 +152,16 @@ def test_a_table_goes_through_a_config_and_back(folder):
             r"a label in column 'income', got 'low' in line 2\. List the values of 'income' in data\.labels",
         ),
         ({"target": "incom"}, r"a column 'incom', got age, job, place, income\. Did you mean 'income'"),
+        (
+            {"fill": {"job": "clerk"}},
+            r"^data\.fill: expected columns of data\.numeric, got the column of categories job: .* zeros\. Remove it",
+        ),
+        ({"fill": {"job": 1.0}}, r"^data\.fill: expected columns of data\.numeric, got the column of categories job"),
+        ({"fill": {"age": "old"}}, r"^data\.fill: expected a finite number for age, got 'old'"),
+        (
+            {"drop_missing": True},
+            r"^data\.fill: expected no values with drop_missing = true, .*'age': 40\.0.*Remove fill",
+        ),
         ({"numeric": {"age": [40, 0]}}, r"^data\.numeric: expected two finite numbers for age, the second from 1e-20"),
         ({"numeric": {"age": [40]}}, r"^data\.numeric: expected"),
         ({"fill": {"aeg": 1.0}}, r"^data\.fill: expected columns of data\.numeric, got aeg\. Did you mean 'age'"),
