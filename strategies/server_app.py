@@ -40,8 +40,7 @@ def main(grid: Grid, context: Context) -> None:
     The run config has the keys of `RunConfig`, and keys set by the launcher: `claimed` if the run directory already
     belongs to this run; `failure-report`, a file for the error line of a failed run; `deployed` if clients are devices
     with local memories; `resume` if the run directory may hold a part of this run; `wait` if the first turn waits for
-    all clients; `helpers` and `enrolled`, see
-    `helper_list`; and `test-seeded`, for tests alone.
+    all clients; `helpers` and `enrolled`, see `helper_list`; and `test-seeded`, for tests alone.
     """
     try:
         (_run_deployed if context.run_config.get("deployed") else _run)(grid, context)
