@@ -692,7 +692,7 @@ def _check_channels(mean: list[float] | None, std: list[float] | None) -> None:
     for key, numbers, low in (("mean", mean, -1e20), ("std", std, 1e-20)):
         listed = numbers is None or isinstance(numbers, list | tuple)
         if not listed or not all(is_real(number, low, 1e20) for number in numbers or ()):
-            raise UserError(f"data.{key}", f"a list of numbers from {low:g} to 1e20", shown(numbers), remedy)
+            raise UserError(f"data.{key}", f"numbers from {low:g} to 1e20 in a list", shown(numbers), remedy)
 
 
 def _normalized(inputs: np.ndarray, mean: list[float] | None, std: list[float] | None) -> np.ndarray:
