@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+import torch
+
 from fedpriv.checks import a_path, at_least_one
 from fedpriv.experiment import run
 from fedpriv.experiment.config import Config, load_config
@@ -58,6 +60,7 @@ def run_experiment(
     """
     config = config if isinstance(config, Config) else load_config(config)
     out = a_path("out", out)
+    device = str(device) if isinstance(device, torch.device) else device
     data_root = None if data_root is None else a_path("data_root", data_root)
     if checkpoint_every is not None:
         at_least_one("--checkpoint-every", checkpoint_every, "Give a number of rounds")

@@ -57,6 +57,7 @@ def run_experiment(
     config = config if isinstance(config, Config) else load_config(config)
     directory = RunDirectory(a_path("out", out))
     data_root = None if data_root is None else a_path("data_root", data_root)
+    device = str(device) if isinstance(device, torch.device) else device
     true_or_false("resume", resume)
     if checkpoint_every is not None:
         at_least_one("--checkpoint-every", checkpoint_every, "Give a number of rounds")

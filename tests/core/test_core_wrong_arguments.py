@@ -234,6 +234,12 @@ def test_what_is_no_device_is_refused_without_a_look_at_the_machine(device: Any)
         check_device_name(device, "--device")
 
 
+def test_a_device_may_be_one_of_torch(tmp_path: Path) -> None:
+    device: Any = torch.device("cpu")
+    assert experiment().run(tmp_path / "a", engine="loop", device=device)
+    assert fedpriv.run_experiment(experiment().config, tmp_path / "b", engine="loop", device=device)
+
+
 def test_a_data_root_may_be_a_text(tmp_path: Path) -> None:
     tables: dict[str, Any] = {
         "name": "own",
