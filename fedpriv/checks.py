@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 __all__ = [
+    "a_path",
+    "an_object",
     "at_least_one",
     "folder_name",
     "free_memory",
@@ -29,6 +31,8 @@ __all__ = [
     "refuse_beyond_memory",
     "require_fraction",
     "require_representable",
+    "shown",
+    "true_or_false",
     "whole_from",
     "whole_within",
 ]
@@ -80,6 +84,42 @@ def one_of(where: str, value: str, known: Sequence[WordT]) -> WordT:
         if word == value:
             return word
     raise UserError(where, " or ".join(known), repr(value), nearest(value, known))
+
+
+def a_path(where: str, value: object) -> Path:
+    """Return a path that is given as a text or as a path.
+
+    Raises:
+        UserError: Names `where`, the argument; also for an empty text, which would be the current folder.
+    """
+    if isinstance(value, str | os.PathLike) and isinstance(text := os.fspath(value), str) and text and "\0" not in text:
+        return Path(text)
+    raise UserError(where, "a path", shown(value), f"Give {where} a text or a pathlib.Path")
+
+
+def an_object(where: str, value: object, member: str, example: str) -> None:
+    """Raise UserError for anything but an object with this member, such as a class or a name in its place.
+
+    Raises:
+        UserError: Names `where`, the argument, and shows the example.
+    """
+    if isinstance(value, type) or not hasattr(value, member):
+        raise UserError(where, f"an object such as {example}", shown(value), f"Give {where} an object")
+
+
+def true_or_false(where: str, value: object) -> None:
+    """Raise UserError for anything but True and False: other values would count as one of them.
+
+    Raises:
+        UserError: Names `where`, the argument.
+    """
+    if not isinstance(value, bool):
+        raise UserError(where, "True or False", shown(value), f"Set {where} to one of them")
+
+
+def shown(value: object) -> str:
+    """Return a value in a few words, for errors."""
+    return f"the class {value.__name__}" if isinstance(value, type) else repr(value)[:60]
 
 
 def positive_int(where: str, value: object, remedy: str | None = None) -> int:

@@ -12,6 +12,7 @@ __all__ = [
     "UserError",
     "extra_of",
     "has_extra",
+    "naming",
     "nearest",
     "plural",
     "require_extra",
@@ -36,6 +37,10 @@ EXTRAS = {
     "wandb": ("wandb",),
 }
 """The packages that `pip install 'fedpriv[EXTRA]'` adds, by import name."""
+
+
+_MAX_NAMES, _NAMES_OF_MANY = 40, 8
+"""Number of names above which a list of suggestions is cut, and the number of those that remain."""
 
 
 class UserError(ValueError):
@@ -80,13 +85,26 @@ def shown_as(part: Path, final: Path) -> Iterator[None]:
         raise
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a remedy that suggests the known name closest to `name`, or lists all known names if none is close."""
-    names = sorted(known)
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name `path` in errors of the block without a file: writes to an open file, as on a full disk, name none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """Return a remedy that suggests the known name closest to `name`, and lists all names, or the closest of many."""
+    name, names = str(name), sorted(set(known))
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if close:
-        return f"Did you mean {close[0]!r}? Known: {', '.join(names)}"
-    return f"Known: {', '.join(names) or 'none'}"
+    listed = f"Known: {', '.join(names) or 'none'}"
+    if len(names) > _MAX_NAMES:
+        shown = difflib.get_close_matches(name, names, n=_NAMES_OF_MANY, cutoff=0.0)
+        listed = f"Closest of {len(names):,} names: {', '.join(shown)}"
+    return f"Did you mean {close[0]!r}? {listed}" if close else listed
 
 
 def has_extra(extra: str) -> bool:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, naming
 
 __all__ = [
     "append_durably",
@@ -62,8 +62,9 @@ def write_pieces_atomically(
         mode: As in `write_atomically`.
         durable: Sync the file to disk. False is faster, for files that are worthless after a system crash.
     """
-    _write_beside(path, pieces, _ANYONE if mode is None else mode, durable)
-    _take_place(path, durable)
+    with naming(path):
+        _write_beside(path, pieces, _ANYONE if mode is None else mode, durable)
+        _take_place(path, durable)
 
 
 def open_to_append(path: Path, mode: int | None = None) -> BinaryIO:

@@ -113,7 +113,8 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         return found
 
     def __contains__(self, name: object) -> bool:
-        return name in self._known or name in self._referred or name in self._entry_points
+        known = isinstance(name, str) and (name in self._known or name in self._referred)
+        return known or (isinstance(name, str) and name in self._entry_points)
 
     def __iter__(self) -> Iterator[str]:
         yield from (name for name in self._known if name not in self._hidden)
@@ -510,12 +511,30 @@ def _imported(reference: str, where: str, shown: str) -> object:
         raise UserError(where, "a class that can be imported", f"{shown!r} ({_words(error)})", remedy) from error
     found: object = module
     for part in name.split("."):
-        if not hasattr(found, part):
-            own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+        try:
+            found = getattr(found, part)
+        except AttributeError:
             got = f"{shown!r}, which the module does not have"
-            raise UserError(where, "a class that can be imported", got, nearest(name, own))
-        found = getattr(found, part)
+            raise UserError(where, "a class that can be imported", got, nearest(name, _offered(module))) from None
+        except UserError:
+            raise
+        except Exception as error:  # a module may import its parts on first use
+            got, remedy = f"{shown!r} ({_words(error)})", "Install the packages that it needs, or name another class"
+            raise UserError(where, "a class that can be imported", got, remedy) from error
     return found
+
+
+def _offered(module: ModuleType) -> list[str]:
+    """Return the public names of a module's classes and functions, without those that it imports from elsewhere."""
+    parts, package = vars(module), f"{module.__name__}."
+    listed = parts.get("__all__")
+    if isinstance(listed, list | tuple):
+        return [name for name in listed if name not in parts or callable(parts[name])]  # some are imported on first use
+    return [
+        name
+        for name, value in parts.items()
+        if not name.startswith("_") and callable(value) and f"{getattr(value, '__module__', '')}.".startswith(package)
+    ]
 
 
 def _module_name(path: Path) -> str:

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from fedpriv.checks import at_least_one
+import torch
+
+from fedpriv.checks import a_path, at_least_one
 from fedpriv.experiment import run
 from fedpriv.experiment.config import Config, load_config
 from fedpriv.experiment.execution import EngineName, Execution
@@ -57,17 +59,20 @@ def run_experiment(
         UserError: For any mistake that the user can fix. Earlier results are never lost.
     """
     config = config if isinstance(config, Config) else load_config(config)
+    out = a_path("out", out)
+    device = str(device) if isinstance(device, torch.device) else device
+    data_root = None if data_root is None else a_path("data_root", data_root)
     if checkpoint_every is not None:
         at_least_one("--checkpoint-every", checkpoint_every, "Give a number of rounds")
     common: _Common = {"device": device, "data_root": data_root, "resume": resume, "watch": watch}
     if deploy is not None:
         from fedpriv.deploy.run import run_deployed
 
-        return run_deployed(config, Path(out), deploy, **common)
+        return run_deployed(config, out, deploy, **common)
     if engine == "flower":
         from fedpriv.flower.launch import run_with_flower
 
-        return run_with_flower(config, Path(out), **common)
+        return run_with_flower(config, out, **common)
     return run.run_experiment(
         config, out, engine=engine, checkpoint_every=checkpoint_every, execution=execution, **common
     )

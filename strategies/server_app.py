@@ -18,6 +18,7 @@ from fedpriv.errors import UserError
 from fedpriv.experiment.build import Experiment
 from fedpriv.experiment.recorder import Recorder
 from fedpriv.experiment.run_directory import RunDirectory
+from fedpriv.files import write_atomically
 from fedpriv.flower.messages import ARRAYS, ModelArrays
 from fedpriv.flower.run_config import TEST_SEEDED, RunConfig
 from fedpriv.flower.server.attendance import Attendance
@@ -39,15 +40,14 @@ def main(grid: Grid, context: Context) -> None:
     The run config has the keys of `RunConfig`, and keys set by the launcher: `claimed` if the run directory already
     belongs to this run; `failure-report`, a file for the error line of a failed run; `deployed` if clients are devices
     with local memories; `resume` if the run directory may hold a part of this run; `wait` if the first turn waits for
-    all clients; `helpers` and `enrolled`, see
-    `helper_list`; and `test-seeded`, for tests alone.
+    all clients; `helpers` and `enrolled`, see `helper_list`; and `test-seeded`, for tests alone.
     """
     try:
         (_run_deployed if context.run_config.get("deployed") else _run)(grid, context)
     except (UserError, OSError) as error:
         report = context.run_config.get("failure-report")
         if report and Path(str(report)).parent.is_dir():
-            Path(str(report)).write_text(_line_of(error), encoding="utf-8")
+            write_atomically(Path(str(report)), _line_of(error))
         raise
 
 

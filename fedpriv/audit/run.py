@@ -13,7 +13,7 @@ from fedpriv.audit.evidence import attack_central, attack_local
 from fedpriv.audit.records import with_weights
 from fedpriv.audit.verdict import CONVICTION, Findings, judge
 from fedpriv.audit.words import claim_of, in_words, knowledge_of
-from fedpriv.checks import whole_from, whole_within
+from fedpriv.checks import a_path, an_object, is_real, shown, whole_from, whole_within
 from fedpriv.errors import UserError, has_extra
 from fedpriv.experiment.build import Experiment, assemble, check_device
 from fedpriv.experiment.config import Config, load_config
@@ -64,9 +64,12 @@ class AuditChoice:
 
     def __post_init__(self) -> None:
         whole_within("--canaries", self.canaries, MIN_CANARIES, MAX_CANARIES, "Choose a few hundred")
-        if not 0.5 < self.confidence < 1.0:
+        if not is_real(self.confidence) or not 0.5 < self.confidence < 1.0:
             raise UserError(
-                "--confidence", "above 0.5 and below 1", self.confidence, "Set --confidence to a number such as 0.95"
+                "--confidence",
+                "above 0.5 and below 1",
+                shown(self.confidence),
+                "Set --confidence to a number such as 0.95",
             )
         whole_from("--audit-seed", self.seed, 0, "Set --audit-seed to a number such as 1")
         if self.against not in get_args(Against):
@@ -98,7 +101,9 @@ def run_audit(
     Raises:
         UserError: If the experiment has no guarantee to attack, or audits do not support it.
     """
-    choice, directory = choice or AuditChoice(), RunDirectory(Path(out))
+    choice, directory = choice or AuditChoice(), RunDirectory(a_path("out", out))
+    an_object("choice", choice, "canaries", "fedpriv.audit.AuditChoice()")
+    data_root = None if data_root is None else a_path("data_root", data_root)
     config = config if isinstance(config, Config) else load_config(config)
     _refuse_what_is_not_offered(config)
     check_device(choice.device)

@@ -5,6 +5,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         say("fedpriv: stopped. Add --resume to continue a run from its last checkpoint.", error=True)
         raise SystemExit(130) from None
     except OSError as error:
-        where = error.filename or "file system"
+        where = error.filename or ("standard output" if _is_of_output(error) else "file system")
         resumed = "; add --resume to continue" if given[:1] in (["run"], ["sweep"]) else ""
         remedy = f"Correct the path, its permissions or the disk, and run again{resumed}"
         _fail(f"{where}: {error.strerror or error}. {remedy}")
@@ -62,6 +63,12 @@ def _refuse_empty_paths(given: Sequence[str]) -> None:
     for option in ("--out", "--data-root"):
         if f"{option}=" in given or any(pair == (option, "") for pair in itertools.pairwise(given)):
             _fail(f"{option}: expected a path, got an empty text. Name a file or folder, or remove {option}.")
+
+
+def _is_of_output(error: OSError) -> bool:
+    """Return True for an error of the standard output, as into a file on a full disk."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return not {"cli", "click", "rich", "typer"}.isdisjoint(Path(last.filename).parts)
 
 
 def _fail(line: str) -> None:

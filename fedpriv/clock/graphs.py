@@ -9,6 +9,7 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from fedpriv.data.files import refuse_other_separator
 from fedpriv.errors import UserError
 from fedpriv.streams import Source
 
@@ -135,6 +136,7 @@ def read_edges(path: str) -> np.ndarray:
         with Path(path).open(newline="", encoding="utf-8") as file:
             table = csv.DictReader(file, strict=True)
             if list(table.fieldnames or []) != _COLUMNS:
+                refuse_other_separator(Path(path), ",", _COLUMNS)
                 got = ",".join(table.fieldnames or []) or "an empty file"
                 raise UserError(path, "the header from,to", got, "Write one edge a line below it, such as 0,1")
             edges = [_edge(f"{path}: line {table.line_num}", row.values()) for row in table]

@@ -1,7 +1,6 @@
 """Device profiles: speed, bandwidth, hours and reliability, drawn from distributions or read from a file."""
 
 import csv
-import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +10,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from fedpriv.checks import real_within
+from fedpriv.checks import is_real, real_within, shown
+from fedpriv.data.files import refuse_other_separator
 from fedpriv.errors import UserError, nearest
 from fedpriv.plugins import Registry
 from fedpriv.streams import Purpose, SeededStreams
@@ -161,9 +161,10 @@ class Uniform:
 
     def __post_init__(self) -> None:
         for key in ("speed", "download", "upload"):
-            low, high = getattr(self, key)
-            if not low <= high:
-                raise UserError(f"devices.{key}", "[min, max]", [low, high], "Put the smaller number first")
+            pair = getattr(self, key)
+            listed = isinstance(pair, list | tuple) and len(pair) == 2 and all(map(is_real, pair))
+            if not listed or pair[0] > pair[1]:
+                raise UserError(f"devices.{key}", "[min, max]", shown(pair), "Give two numbers, the smaller one first")
         _check(self.speed[0], self.download[0], self.upload[0])
         _check(self.speed[1], self.download[1], self.upload[1])
         _check_habits(self.available, self.dropout, self.day)
@@ -219,6 +220,8 @@ class Trace:
                 table = csv.DictReader(file, strict=True)
                 names = table.fieldnames or []
                 known = list(Profile._fields)
+                if not set(names) <= set(known):
+                    refuse_other_separator(Path(self.file), ",", known)
                 for name in names:
                     if name not in known or names.count(name) > 1:
                         raise UserError(self.file, "known columns, each at most once", repr(name), nearest(name, known))
@@ -325,18 +328,18 @@ def _device(where: str, row: Mapping[str | None, str | None]) -> Profile:
 
 def _check(speed: float, download: float, upload: float, where: str = "devices.") -> None:
     for key, value in (("speed", speed), ("download", download), ("upload", upload)):
-        if not _SLOWEST <= value <= _FASTEST:
+        if not is_real(value, _SLOWEST, _FASTEST):
             unit = "examples" if key == "speed" else "bytes"
             expected = f"{unit} a second, from {_SLOWEST:g} to {_FASTEST:g}"
-            raise UserError(f"{where}{key}", expected, value, "Choose a number in this range")
+            raise UserError(f"{where}{key}", expected, shown(value), "Choose a number in this range")
 
 
 def _check_habits(available: float, dropout: float, day: float, where: str = "devices.") -> None:
-    if not 0.0 < available <= 1.0:
+    if not is_real(available, 0.0, 1.0) or available == 0.0:
         remedy = "Choose 1 for the whole day, and leave out clients that are never available"
-        raise UserError(f"{where}available", "a share of the day above 0, at most 1", available, remedy)
-    if not 0.0 <= dropout <= _MAX_DROPOUT:
+        raise UserError(f"{where}available", "a share of the day above 0, at most 1", shown(available), remedy)
+    if not is_real(dropout, 0.0, _MAX_DROPOUT):
         remedy = "Leave out clients that never answer"
-        raise UserError(f"{where}dropout", f"a probability from 0 to {_MAX_DROPOUT}", dropout, remedy)
-    if not (1e-3 <= day <= 1e9 and math.isfinite(day)):
-        raise UserError(f"{where}day", "seconds, from 0.001 to 1e9", day, "Choose 86400 for a real day")
+        raise UserError(f"{where}dropout", f"a probability from 0 to {_MAX_DROPOUT}", shown(dropout), remedy)
+    if not is_real(day, 1e-3, 1e9):
+        raise UserError(f"{where}day", "seconds, from 0.001 to 1e9", shown(day), "Choose 86400 for a real day")

@@ -28,7 +28,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fedpriv.checks import at_least_one, real_from
+from fedpriv.checks import at_least_one, is_real, real_from, shown
 from fedpriv.clock.participation import Clock, Participation
 from fedpriv.clock.timeline import Group, Step, Timeline
 from fedpriv.errors import UserError
@@ -110,9 +110,9 @@ class Synchronous:
     def __post_init__(self) -> None:
         if self.deadline is not None:
             _check_seconds("schedule.deadline", self.deadline)
-        if not 1.0 <= self.over_select <= 100.0:
+        if not is_real(self.over_select, 1.0, 100.0):
             remedy = "Choose 1.3 to ask 30 % more clients than a round has places, or 1 to ask as many"
-            raise UserError("schedule.over_select", "a factor from 1 to 100", self.over_select, remedy)
+            raise UserError("schedule.over_select", "a factor from 1 to 100", shown(self.over_select), remedy)
 
     @property
     def draws_cohorts(self) -> bool:
@@ -456,11 +456,11 @@ def _bytes(step: Step) -> tuple[int, int]:
 
 
 def _check_seconds(key: str, value: float) -> None:
-    if not 1e-6 <= value <= 1e12:
+    if not is_real(value, 1e-6, 1e12):
         raise UserError(
             key,
             "simulated seconds, from 1e-06 to 1e+12",
-            value,
+            shown(value),
             "Choose seconds to hours, the duration of a participation",
         )
 

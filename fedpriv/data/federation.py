@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from fedpriv.data.partitions import (
     mean_total_variation,
 )
 from fedpriv.data.shifts import Shift
-from fedpriv.errors import UserError, require_extra
+from fedpriv.errors import UserError, naming, require_extra
 from fedpriv.streams import Purpose, SeededStreams
 
 if TYPE_CHECKING:
@@ -281,7 +282,8 @@ def plot_who_holds_what(federation: Holders, path: Path | BinaryIO, *, partition
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
     few = len(counts) <= 100 and counts.shape[1] <= len(PALETTE)
     (_draw_bars if few else _draw_heat_map)(figure, counts)
-    figure.savefig(path)
+    with naming(path) if isinstance(path, Path) else nullcontext():
+        figure.savefig(path)
 
 
 def _wrong(expected: str) -> UserError:

@@ -3,15 +3,17 @@
 Each reader returns arrays or raises a `UserError` that names the file. No reader executes code from a file.
 """
 
+import csv
 import gzip
 import importlib.util
 import io
+import json
 import math
 import os
 import pickle
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +29,17 @@ __all__ = [
     "default_data_root",
     "local_path",
     "locate",
+    "other_separator",
     "read_cifar_batch",
     "read_digits",
     "read_idx",
     "read_libsvm",
+    "refuse_other_separator",
 ]
 
 DATA_ROOT_VARIABLE = "FEDPRIV_DATA"
 REPLACE = "Replace the file, or delete it to download it again if possible"
+SEPARATORS = (",", ";", "\t", "|")
 IDX_TYPES = {0x08: np.dtype(np.uint8), 0x0C: np.dtype(">i4")}
 
 
@@ -85,6 +90,51 @@ def locate(data_root: Path, folder: str, names: Sequence[str], source: str | Non
     if missing:
         raise _missing(data_root, place, missing, reason)
     return [path for name in names if (path := _plain_or_packed(place / name)) is not None]
+
+
+def other_separator(path: Path, used: str, wanted: Collection[str] | int, comment: str | None = None) -> str | None:
+    """Return the separator of a CSV file's columns, judged by the first line; None if no other one fits better.
+
+    Args:
+        path: The file.
+        used: The separator that is expected.
+        wanted: Names of columns of the header; or the number of columns of a file without a header.
+        comment: The first character of lines to skip.
+    """
+    fits: dict[str, int] = {}
+    for separator in {used: None} | dict.fromkeys(SEPARATORS):
+        try:
+            with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+                lines = (line for line in file if line.strip() and not (comment and line.lstrip().startswith(comment)))
+                cells = next(csv.reader(lines, delimiter=separator, skipinitialspace=True), [])
+        except (OSError, csv.Error, TypeError):  # pandas takes separators of several characters
+            return None
+        names = {cell.strip() for cell in cells}
+        fits[separator] = len(cells) == wanted > 1 if isinstance(wanted, int) else sum(name in names for name in wanted)
+    best = max(fits, key=lambda separator: fits[separator])  # the first of equals is the one that is used
+    return None if best == used else best
+
+
+def refuse_other_separator(
+    path: Path, used: str, wanted: Collection[str] | int, key: str | None = None, comment: str | None = None
+) -> None:
+    """Raise UserError if the columns of a CSV file have another separator; see `other_separator`.
+
+    Args:
+        path: The file.
+        used: The separator that is expected.
+        wanted: Names of columns of the header; or the number of columns of a file without a header.
+        key: The key that sets the separator; None if it is fixed.
+        comment: The first character of lines to skip.
+
+    Raises:
+        UserError: As described.
+    """
+    found = other_separator(path, used, wanted, comment)
+    if found is not None:
+        fixed = f"Save the file with {json.dumps(used)} between the columns"
+        remedy = fixed if key is None else f"Set {key} = {json.dumps(found)}"
+        raise UserError(str(path), f"columns separated by {json.dumps(used)}", json.dumps(found), remedy)
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from fedpriv.checks import shown
 from fedpriv.errors import UserError, nearest
 
 __all__ = ["Columns", "arrays_of", "is_table"]
@@ -106,6 +107,8 @@ def _of_table(table: Any, columns: Columns) -> _Read:
         remedy = "Name the column, as in Experiment(..., label='disease')"
         raise UserError("label", f"one of the columns {', '.join(known)}"[:200], "a call without label", remedy)
     chosen = [columns.inputs] if isinstance(columns.inputs, str) else columns.inputs
+    if chosen is not None and not (isinstance(chosen, Sequence) and all(isinstance(name, str) for name in chosen)):
+        raise UserError("inputs", "a list of names of columns", shown(chosen), "Name the columns to learn from")
     if chosen is None:
         chosen = [name for name in known if name not in (columns.label, columns.client)]
     named = {"label": [columns.label], "client": [columns.client], "inputs": chosen}
@@ -196,7 +199,8 @@ def _of_clients(clients: object, columns: Columns) -> dict[str, object]:
         raise UserError("data", "a list of clients", "one pair of arrays", remedy)
     if not isinstance(clients, Sequence) or isinstance(clients, str) or not clients:
         expected = "a list of clients, a table, a mapping of arrays, or a data set"
-        got = f"a {type(clients).__name__}" if clients or not isinstance(clients, Sequence) else "an empty one"
+        empty = isinstance(clients, Sequence) and not clients
+        got = "an empty one" if empty else f"a {type(clients).__name__}"
         raise UserError("data", expected, got, "Give data as fedpriv.Experiment describes")
     inputs, labels, owners, classes = [], [], [], None
     for number, client in enumerate(clients):

@@ -7,17 +7,19 @@ mean over all rows would let one client change the message of another.
 import csv
 import json
 import math
+import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from fedpriv.checks import refuse_beyond_memory
+from fedpriv.checks import is_real, refuse_beyond_memory, shown
 from fedpriv.data.dataset import Dataset, Declared
-from fedpriv.data.files import DATA_ROOT_VARIABLE, default_data_root
+from fedpriv.data.files import DATA_ROOT_VARIABLE, default_data_root, refuse_other_separator
 from fedpriv.data.labels import expected_labels
 from fedpriv.data.mapped import MappedInputs
 from fedpriv.data.own import dataset_of
@@ -98,9 +100,9 @@ class _Table(_Files):
         labels: The values of `target`, in the order of the labels 0, 1, ...; a list of values is one label. Without
             it, the values must be whole numbers from 0.
         missing: Texts that mean a missing value, in addition to an empty cell.
-        fill: For columns of numbers, the replacement of a missing value, before scaling. A missing category becomes a
-            row of zeros.
-        drop_missing: Drop rows with a missing value in a declared column.
+        fill: For columns of numbers, the replacement of a missing value, before scaling. A missing category has no
+            replacement: it becomes a row of zeros.
+        drop_missing: Drop rows with a missing value in a declared column; then `fill` has to be empty.
         columns: Names of the columns, if the file does not begin with them.
 
     Raises:
@@ -113,12 +115,13 @@ class _Table(_Files):
     categories: dict[str, list[str]] = field(default_factory=dict)
     labels: Labels | None = None
     missing: list[str] = field(default_factory=list)
-    fill: dict[str, float] = field(default_factory=dict)
+    fill: dict[str, float | str] = field(default_factory=dict)
     drop_missing: bool = False
     columns: list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_kinds()
         if not self.numeric and not self.categories:
             remedy = "Declare the columns to learn from, for example data.numeric = {age = [40, 15]}"
             raise UserError(
@@ -128,19 +131,47 @@ class _Table(_Files):
         if twice:
             raise UserError(f"data.{twice[0]}", "a column with one meaning", "two meanings", "Declare it once")
         for name, (shift, scale) in self.numeric.items():
-            if not (math.isfinite(shift) and _is_scale(scale)):
+            if not (is_real(shift) and _is_scale(scale)):
                 expected = f"two finite numbers for {name}, the second from 1e-20 to 1e20"
                 remedy = "Give the number to subtract and the number to divide by"
                 raise UserError("data.numeric", expected, [shift, scale], remedy)
-        for name in self.fill:
-            if name not in self.numeric:
-                raise UserError("data.fill", "columns of data.numeric", name, nearest(name, self.numeric))
+        self._check_fill()
         texts = [text for texts in self.labels or [] for text in _listed(texts)]
         if len(set(texts)) < len(texts):
             raise UserError("data.labels", "different values", self.labels, "List each value once")
         for name, values in self.categories.items():
             if not values or len(set(values)) < len(values):
                 raise UserError("data.categories", f"different values of {name}", values, "List each value once")
+
+    def _check_fill(self) -> None:
+        for name, value in self.fill.items():
+            if name in self.categories:
+                remedy = 'Remove it, or add a text for "missing" to its categories in the file and in data.categories'
+                got = f"the column of categories {name}: a missing category becomes a row of zeros"
+                raise UserError("data.fill", "columns of data.numeric", got, remedy)
+            if name not in self.numeric:
+                raise UserError("data.fill", "columns of data.numeric", name, nearest(name, self.numeric))
+            if not is_real(value):
+                raise UserError("data.fill", f"a finite number for {name}", shown(value), "Give a public constant")
+        if self.fill and self.drop_missing:
+            remedy = "Remove fill or drop_missing"
+            raise UserError("data.fill", "no values with drop_missing = true, which drops such rows", self.fill, remedy)
+
+    def _check_kinds(self) -> None:
+        """Raise UserError for a value of another kind; a config is checked before."""
+        checks: dict[str, tuple[Callable[[object], bool], str]] = {
+            "target": (lambda value: isinstance(value, str), "the name of a column"),
+            "client": (lambda value: value is None or isinstance(value, str), "the name of a column"),
+            "numeric": (lambda value: _is_table(value, _is_pair), "a table with two numbers for each column"),
+            "categories": (lambda value: _is_table(value, _is_texts), "a table with a list of texts for each column"),
+            "labels": (lambda value: value is None or _is_labels(value), "a list of texts, or of lists of texts"),
+            "missing": (_is_texts, "a list of texts"),
+            "fill": (lambda value: _is_table(value, _is_constant), "a table with a number for each column"),
+            "columns": (lambda value: value is None or _is_texts(value), "a list of names"),
+        }
+        for key, (fits, expected) in checks.items():
+            if not fits(getattr(self, key)):
+                raise UserError(f"data.{key}", expected, shown(getattr(self, key)), f"Change data.{key}")
 
     def _frame(self, path: Path, names: list[str] | None) -> "pd.DataFrame":
         """Return the table with unchanged cells."""
@@ -237,10 +268,12 @@ class _Table(_Files):
         if wrong.any():
             row = int(np.argmax(wrong))
             remedy = "Declare the column in data.categories, or add texts for missing values to data.missing"
+            if re.fullmatch(r"\s*[+-]?[\d.]+,\d+\s*", str(column.iloc[row])):
+                remedy = "Write numbers with a decimal point, and without commas"
             got = f"{str(column.iloc[row])[:40]!r} in {self._place(path, column, row)}"
             raise UserError(str(path), f"finite numbers in column {name!r}", got, remedy)
         shift, scale = self.numeric[name]
-        filled = np.where(absent, self.fill.get(name, 0.0), numbers)
+        filled = np.where(absent, float(self.fill.get(name, 0.0)), numbers)
         with np.errstate(over="ignore"):  # values that overflow become infinite, and are refused
             return ((filled - shift) / scale).astype(np.float32)[:, None]
 
@@ -330,11 +363,22 @@ class Csv(_Table):
                 header=None,
             )
         except (ValueError, OSError) as error:  # pandas raises ValueError for unreadable files
+            self._check_separator(path, [*self.numeric, *self.categories] if names is None else len(names))
             raise _damaged(path, "a CSV file", error) from None
         if names is not None:
+            if len(names) != cells.shape[1]:
+                self._check_separator(path, len(names))
             return _renamed(path, cells, names)
         header = [str(name).removeprefix("\ufeff").strip() for name in cells.iloc[0]]
         return cells.iloc[1:].set_axis(header, axis=1)
+
+    def _require_columns(self, path: Path, frame: "pd.DataFrame", wanted: Sequence[str]) -> None:
+        if not set(wanted) <= set(frame.columns):
+            self._check_separator(path, wanted)
+        super()._require_columns(path, frame, wanted)
+
+    def _check_separator(self, path: Path, wanted: Sequence[str] | int) -> None:
+        refuse_other_separator(path, self.separator, wanted, "data.separator", self.comment)
 
     def _place(self, path: Path, column: "Column", row: int) -> str:
         """Return the line of the file; lines are counted from 1, with the header, empty lines and comments."""
@@ -606,14 +650,35 @@ def _renamed(path: Path, frame: "pd.DataFrame", names: list[str]) -> "pd.DataFra
     return frame.set_axis(names, axis=1)
 
 
-def _is_scale(number: float) -> bool:
+def _is_table(value: object, fits: Callable[[object], bool]) -> bool:
+    """Return True for a table by names of columns if all its values fit."""
+    return isinstance(value, Mapping) and _is_texts(list(value)) and all(map(fits, value.values()))
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(one, Real) for one in value)
+
+
+def _is_constant(value: object) -> bool:
+    return isinstance(value, Real | str)  # `_check_fill` refuses texts, by their column
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+
+
+def _is_labels(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(one, str) or _is_texts(one) for one in value)
+
+
+def _is_scale(number: object) -> bool:
     """Return True for a number that float32 inputs can be divided by."""
-    return 1e-20 <= number <= 1e20
+    return is_real(number, 1e-20, 1e20)
 
 
 def _require_scale(scale: float) -> None:
     if not _is_scale(scale):
-        raise UserError("data.scale", "a number from 1e-20 to 1e20", scale, "Give a divisor such as 255")
+        raise UserError("data.scale", "a number from 1e-20 to 1e20", shown(scale), "Give a divisor such as 255")
 
 
 def _require_scale_of_bytes(key: str, array: np.ndarray, scale: float) -> None:
@@ -624,10 +689,10 @@ def _require_scale_of_bytes(key: str, array: np.ndarray, scale: float) -> None:
 
 def _check_channels(mean: list[float] | None, std: list[float] | None) -> None:
     remedy = "Give one for each channel"
-    if not all(abs(number) <= 1e20 for number in mean or ()):
-        raise UserError("data.mean", "numbers from -1e20 to 1e20", mean, remedy)
-    if not all(_is_scale(number) for number in std or ()):
-        raise UserError("data.std", "numbers from 1e-20 to 1e20", std, remedy)
+    for key, numbers, low in (("mean", mean, -1e20), ("std", std, 1e-20)):
+        listed = numbers is None or isinstance(numbers, list | tuple)
+        if not listed or not all(is_real(number, low, 1e20) for number in numbers or ()):
+            raise UserError(f"data.{key}", f"numbers from {low:g} to 1e20 in a list", shown(numbers), remedy)
 
 
 def _normalized(inputs: np.ndarray, mean: list[float] | None, std: list[float] | None) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Helpers and clients of a deployment, as the folder `admin`, a run config or a strategy names them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from fedpriv.deploy.helper.folder import CLIENTS_TOML, read_clients
@@ -100,7 +100,7 @@ def named_helpers(given: HelperNames) -> HelperList:
         where = f"{given}/{HELPERS_FOLDER}"
         found = helper_list(config)
     else:
-        keys = given.split(",") if isinstance(given, str) else given
+        keys = given.split(",") if isinstance(given, str) else given if isinstance(given, Iterable) else [given]
         found = HelperList(tuple(_key(str(key).strip(), where) for key in keys if key))
     if not found.pinned or len(set(found.pinned)) != len(found.pinned):
         got = "one of them twice" if found.pinned else "an empty list"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import tomli_w
 
+from fedpriv.checks import a_path
 from fedpriv.deploy.parties import clients_in_words, parties_config
 from fedpriv.deploy.setup.membership import registered_by_name
 from fedpriv.errors import UserError, require_extra
@@ -25,6 +26,7 @@ from fedpriv.experiment.config import Config, read_config_file
 from fedpriv.experiment.deployment import DeploymentChoice
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.experiment.watching import Watcher
+from fedpriv.files import write_atomically
 from fedpriv.flower.bundle import write_app
 from fedpriv.flower.internals.control import KnownRun, administering
 from fedpriv.flower.launch import RecordedRounds, failure_in
@@ -112,7 +114,7 @@ class _FlowerRun:
         self._known = {run.id for run in self._runs()}
         write_app(self.folder / "app")
         changes = self.folder / "changes.toml"
-        changes.write_text(tomli_w.dumps(run_config), encoding="utf-8")
+        write_atomically(changes, tomli_w.dumps(run_config))
         arguments = ["run", str(self.folder / "app"), self.connection.name, "--stream", "-c", str(changes)]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -189,7 +191,7 @@ def run_deployed(
     require_extra("--deploy", "deploy")
     config.check_deployable()
     check_device_name(device, "--device")
-    way = Connection.of(connection) if isinstance(connection, str) else connection
+    way = connection if isinstance(connection, Connection) else Connection.of(str(a_path("deploy", connection)))
     out = Path(out).resolve()
     with tempfile.TemporaryDirectory(prefix="fedpriv-deploy-") as name:
         folder = Path(name)

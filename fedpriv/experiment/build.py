@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedpriv.checks import refuse_beyond_memory
+from fedpriv.checks import refuse_beyond_memory, shown
 from fedpriv.clock import Timeline
 from fedpriv.data.augment import Augmentation
 from fedpriv.data.dataset import Dataset
@@ -351,10 +351,15 @@ def check_device(device: str, where: str = "--device") -> None:
 
 def check_device_name(device: str, where: str) -> None:
     """Raise UserError if `device` is not the name of a device, without a look at this machine's devices."""
+    if not isinstance(device, str | torch.device):
+        raise UserError(where, "a text such as cpu or cuda", shown(device), f"Give {where} a text")
     try:
-        torch.device(device)
+        known = torch.device(device)
     except RuntimeError:
-        kind = device.lower().partition(":")[0]
+        kind = str(device).lower().partition(":")[0]
         gpu = "mps" if torch.backends.mps.is_available() else "cuda"
         remedy = f"Write {gpu}" if kind in _GPU_NAMES or kind.isdecimal() else nearest(kind, ("cpu", "cuda", "mps"))
         raise UserError(where, "cpu, cuda, cuda:0, mps, ...", repr(device), remedy) from None
+    if known.type == "meta":
+        remedy = "Write cpu, or the name of a GPU"
+        raise UserError(where, "a device that computes", f"{str(device)!r}, whose tensors are empty", remedy)

@@ -12,7 +12,18 @@ from typing import TypeVar, cast
 import tomli_w
 
 from fedpriv.analytics.statistics import Statistics
-from fedpriv.checks import at_least_one, folder_name, is_whole, plain_numbers, positive_int, whole_from
+from fedpriv.checks import (
+    a_path,
+    at_least_one,
+    folder_name,
+    is_real,
+    is_whole,
+    plain_numbers,
+    positive_int,
+    require_representable,
+    shown,
+    whole_from,
+)
 from fedpriv.clock import DEVICES, SCHEDULES, Devices, Schedule, Synchronous
 from fedpriv.data.augment import AUGMENTATIONS, Augmentation
 from fedpriv.data.dataset import DATASETS, DatasetSource, declared_by
@@ -222,6 +233,9 @@ class PrivacyChoice:
         elif self.adjacency == "add-or-remove" and self.examples is None:
             remedy = "Set it: otherwise clients divide by their own numbers of examples, which would reveal a record"
             raise UserError("privacy.examples", "a public number with add-or-remove", "a missing key", remedy)
+        for key in ("example_clip", "example_normalization"):
+            if getattr(self, key) is not None:
+                require_representable(f"privacy.{key}", getattr(self, key))
         if self.examples is not None:
             positive_int("privacy.examples", self.examples, "Give a public number: how many examples a client has")
         if self.metrics_share is None and self.metrics_max_loss is not None:
@@ -234,8 +248,10 @@ class PrivacyChoice:
         if (self.analyses is None) != (self.analyses_mu is None):
             got = "one of the two"
             raise UserError("privacy.analyses_mu", "both this key and analyses, or none", got, "Use data.standardize")
-        if self.analyses_mu is not None and not 0.0 < self.analyses_mu <= 1e6:
-            raise UserError("privacy.analyses_mu", "above 0, at most 1e6", self.analyses_mu, "Use data.standardize")
+        if self.analyses_mu is not None and (not is_real(self.analyses_mu, 0.0, 1e6) or self.analyses_mu == 0.0):
+            raise UserError(
+                "privacy.analyses_mu", "above 0, at most 1e6", shown(self.analyses_mu), "Use data.standardize"
+            )
 
     def metrics(self, task: TaskKind) -> PrivateMetrics | None:
         """Return the metrics that clients report with noise; None for none."""
@@ -631,7 +647,9 @@ def load_config(source: Path | str | Table, settings: Sequence[str] = ()) -> Con
 
 def read_tables(source: Path | str | Table, settings: Sequence[str] = ()) -> dict[str, object]:
     """Return the tables of an experiment with the settings applied, before they are checked; see `load_config`."""
-    tables = dict(source) if isinstance(source, Mapping) else read_config_file(Path(source))
+    if not isinstance(settings, list | tuple) or not all(isinstance(each, str) for each in settings):
+        raise UserError("settings", "a list of texts", shown(settings), 'Write it as ["training.rounds=20"]')
+    tables = dict(source) if isinstance(source, Mapping) else read_config_file(a_path("config", source))
     return with_whole_paths(apply_settings(tables, settings), Path.cwd())
 
 

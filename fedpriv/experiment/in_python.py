@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar, cast, get_args
 
 import torch
 from torch import nn
 
-from fedpriv.checks import folder_name, is_whole, whole_from
+from fedpriv.checks import an_object, folder_name, is_whole, one_of, whole_from
 from fedpriv.data.augment import Augmentation
 from fedpriv.data.dataset import Dataset, DatasetSource
 from fedpriv.data.labels import labels_as
@@ -192,6 +192,11 @@ class Experiment:
         folder_name("name", self.name)
         for name, member, example in (
             ("method", "client_rule", "fedpriv.methods.DPFedAvg()"),
+            ("adaptive", "quantile", "fedpriv.methods.AdaptiveBound()"),
+            ("aggregation", "least_survivors", "fedpriv.privacy.AggregationChoice()"),
+            ("controller", "noise_multiplier", "fedpriv.mechanisms.controllers.LinearDecay()"),
+            ("evaluation", "client_lr", "fedpriv.tasks.per_client.PerClient()"),
+            ("noise", "bands", 'fedpriv.privacy.NoiseChoice(kind="banded")'),
             ("local", "batches", "fedpriv.tasks.local_work.LocalSteps(steps=5, client_lr=0.1)"),
             ("cohort", "population", "fedpriv.privacy.Poisson(population=100, probability=0.1)"),
             ("augment", "apply", "fedpriv.data.augment.ImageVariants(flip=True)"),
@@ -200,9 +205,10 @@ class Experiment:
             ("adapter", "adapted", 'fedpriv.tasks.adapters.Lora(targets=["query"])'),
         ):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, type) or not hasattr(value, member)):
-                got = f"the class {value.__name__}" if isinstance(value, type) else repr(value)[:60]
-                raise UserError(name, f"an object such as {example}", got, f"Give {name} an object")
+            if value is not None or name == "method":
+                an_object(name, value, member, example)
+        if self.test is not None:
+            one_of("test", self.test, get_args(Whose))
 
     def plan(self) -> PrivacyPlan | None:
         """Return the privacy plan; None for a run without privacy. Train nothing."""

@@ -12,6 +12,7 @@ import pandas as pd
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fedpriv.checks import a_path, shown
 from fedpriv.data.heterogeneity import metrics_of
 from fedpriv.errors import UserError
 from fedpriv.experiment.analyses.answers_file import ANALYSIS_FILE
@@ -39,7 +40,7 @@ def load_results(path: Path | str) -> pd.DataFrame:
     Raises:
         UserError: If there is no run, or if a run's file is damaged or lacks rows.
     """
-    root = Path(path)
+    root = a_path("path", path)
     directories = sorted(file.parent for file in root.rglob("config.toml") if (file.parent / "rounds.jsonl").exists())
     if not directories:
         expected = "a run directory, or a folder of run directories"
@@ -79,7 +80,7 @@ def load_model(path: Path | str, name: str = "model.safetensors") -> dict[str, T
     Raises:
         UserError: If the run is not finished.
     """
-    file = Path(path) / name
+    file = a_path("path", path) / a_path("name", name)
     try:
         with safe_open(str(file), framework="pt") as content:
             entries = json.loads(content.metadata()["layout"])
@@ -108,8 +109,10 @@ def compare_runs(paths: Sequence[Path | str]) -> pd.DataFrame:
     """
     columns: dict[str, dict[str, object]] = {}
     configs = {}
+    if isinstance(paths, str | Path) or not isinstance(paths, Sequence):
+        raise UserError("paths", "a list of run directories", shown(paths), "Give paths a list")
     for path in paths:
-        directory = RunDirectory(Path(path))
+        directory = RunDirectory(a_path("paths", path))
         summary = directory.read_json("summary.json")
         if summary is None or directory.file(ANALYSIS_FILE).exists():
             raise _no_finished_run(directory.path)

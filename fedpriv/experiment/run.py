@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedpriv.checks import a_path, an_object, at_least_one, true_or_false
 from fedpriv.engines import Engine
 from fedpriv.experiment.build import Experiment, assemble
 from fedpriv.experiment.config import Config, load_config
@@ -54,7 +55,18 @@ def run_experiment(
         UserError: For any mistake that the user can fix. Earlier results are never lost.
     """
     config = config if isinstance(config, Config) else load_config(config)
-    directory = RunDirectory(Path(out))
+    directory = RunDirectory(a_path("out", out))
+    data_root = None if data_root is None else a_path("data_root", data_root)
+    device = str(device) if isinstance(device, torch.device) else device
+    true_or_false("resume", resume)
+    if checkpoint_every is not None:
+        at_least_one("--checkpoint-every", checkpoint_every, "Give a number of rounds")
+    for name, value, member, example in (
+        ("watch", watch, "__call__", "a function of two tables"),
+        ("execution", execution, "client_noise", "fedpriv.Execution()"),
+    ):
+        if value is not None:
+            an_object(name, value, member, example)
     execution = replace(execution or Execution(), engine=engine).completed(
         read_record(directory) if resume else None, begun=resume and directory.checkpoint.path.exists()
     )

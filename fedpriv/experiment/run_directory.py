@@ -16,7 +16,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from fedpriv.data.dataset import Dataset, declared_by
-from fedpriv.errors import UserError
+from fedpriv.errors import UserError, naming
 from fedpriv.files import lock_file, open_to_append, write_atomically, write_pieces_atomically
 from fedpriv.plugins import bare_reference
 from fedpriv.privacy.released import OUTPUTS, mode_of
@@ -403,7 +403,7 @@ class RunDirectory:
     def append(self, name: str, row: Table) -> None:
         """Append one row to a JSON-lines file."""
         line = (json.dumps(jsonable(row)) + "\n").encode()
-        with open_to_append(self.file(name), mode_of(name)) as file:
+        with naming(self.file(name)), open_to_append(self.file(name), mode_of(name)) as file:
             known = self._sums.get(name)
             if known is None or known.length != os.fstat(file.fileno()).st_size:
                 known = self._sums[name] = RowsSum(self.file(name).read_bytes())

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from fedpriv.checks import folder_name
-from fedpriv.errors import UserError, nearest
+from fedpriv.errors import UserError, naming, nearest
 
 __all__ = ["SHIPPED", "starters", "write_starter"]
 
@@ -43,7 +43,7 @@ def write_starter(name: str, source: str = "quickstart", folder: Path | None = N
     text = _NAME.sub(lambda _: f"name = {json.dumps(name, ensure_ascii=False)}", known[source], count=1)
     path = Path(f"{name}.toml") if folder is None else folder / f"{name}.toml"
     try:
-        with path.open("x", encoding="utf-8") as file:
+        with naming(path), path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
         raise UserError(str(path), "a new file", "an existing one", "Choose another name") from None

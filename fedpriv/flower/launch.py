@@ -32,7 +32,7 @@ from fedpriv.experiment.config import Config
 from fedpriv.experiment.execution import cores
 from fedpriv.experiment.run_directory import RunDirectory
 from fedpriv.experiment.watching import Watcher
-from fedpriv.files import open_to_append
+from fedpriv.files import open_to_append, write_atomically
 from fedpriv.flower.bundle import write_app
 from fedpriv.privacy.released import OWNER_ONLY
 from fedpriv.tables import Record, Table
@@ -163,7 +163,7 @@ class FlowerRun:
             address = self._start_superlink()
             connection = {"address": address, "insecure": True}
             tables = {"superlink": {"default": "fedpriv", "fedpriv": connection}}
-            (self.home / "config.toml").write_text(tomli_w.dumps(tables), encoding="utf-8")
+            write_atomically(self.home / "config.toml", tomli_w.dumps(tables))
             yield self._start(["run", str(self.home / "app"), "--stream", "--federation-config", self._resources()])
         finally:
             with _on_signal(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):

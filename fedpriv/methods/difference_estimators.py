@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.bounding import Clip
-from fedpriv.checks import is_whole, require_representable
+from fedpriv.checks import is_whole, real_within, require_representable
 from fedpriv.errors import UserError
 from fedpriv.feedback import Release, on_grid, sent_message
 from fedpriv.methods.base import ExampleRule, Gradients, LostMemory, PlainMethod, Row
@@ -96,9 +96,8 @@ class DIFF2(PlainMethod):
         if not is_whole(self.period, 1, _MAX_PERIOD):
             expected = f"a whole number from 1 to {_MAX_PERIOD:,}"
             raise UserError("method.period", expected, repr(self.period), "Give a number of rounds such as 10")
-        if not 1e-3 <= self.restart_weight <= 1e3:
-            remedy = "Give 1 for the same relative noise in all rounds"
-            raise UserError("method.restart_weight", "a number from 0.001 to 1000", self.restart_weight, remedy)
+        remedy = "Give 1 for the same relative noise in all rounds"
+        real_within("method.restart_weight", self.restart_weight, 1e-3, 1e3, remedy)
 
     @property
     def bounded(self) -> Clip:

@@ -43,7 +43,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from fedpriv.checks import plain_numbers, whole_from
+from fedpriv.checks import is_whole, plain_numbers, shown, whole_from
 from fedpriv.errors import UserError
 from fedpriv.mechanisms.shares import HALF_MODULUS
 from fedpriv.privacy.sampling import Everyone, Sampling
@@ -105,10 +105,11 @@ class Aggregation:
         plain_numbers(self)
         whole_from("aggregation.helpers", self.helpers, 1, "Name at least one helper outside the server's organization")
         whole_from("aggregation.colluders", self.colluders, 0, "Give 0 if no client colludes")
-        if not self.colluders < self.least_survivors <= self.most:
+        whole_from("aggregation.most", self.most, 1, "Give the number of messages in a round")
+        if not is_whole(self.least_survivors, self.colluders + 1, self.most):
             expected = f"more than the {self.colluders} colluders, and at most the {self.most:,} clients of a round"
             remedy = "Change aggregation.least_survivors or aggregation.colluders"
-            raise UserError("aggregation.least_survivors", expected, self.least_survivors, remedy)
+            raise UserError("aggregation.least_survivors", expected, shown(self.least_survivors), remedy)
 
     @property
     def honest(self) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedpriv.checks import is_real, is_whole, plain_numbers
+from fedpriv.checks import an_object, is_real, is_whole, plain_numbers, shown, true_or_false
 from fedpriv.errors import UserError
 from fedpriv.mechanisms.gaussian import release_grid
 from fedpriv.mechanisms.noise import Gaussian
@@ -96,11 +96,13 @@ class PrivacyPlan:
     def __post_init__(self) -> None:
         plain_numbers(self)
         _check_names(self.trust, self.adjacency, self.unit)
+        self._check_kinds()
         self._check_aggregation()
         self._check_turns()
         self._check_filter()
         if (self.unit == "example") != (self.record is not None):
-            raise ValueError(f"unit {self.unit!r} with the record bound {self.record}")
+            got, remedy = f"{self.unit!r} and {shown(self.record)}", "Set unit to example with a record bound"
+            raise UserError("unit", "example with a record bound, or client without", got, remedy)
         if self.record is None:
             self.sampling.check_neighbors(self.adjacency)
         else:
@@ -439,6 +441,19 @@ class PrivacyPlan:
     def _factor(self) -> float:
         return REPLACE_FACTOR if self.adjacency == "replace" else 1.0
 
+    def _check_kinds(self) -> None:
+        """Raise UserError for a part of another kind, such as a name in place of an object."""
+        an_object("sampling", self.sampling, "adjacencies", _EXAMPLE_OF_SAMPLING)
+        for name, member, example in (
+            ("record", "check_rounds", "fedpriv.privacy.RecordBound(...)"),
+            ("aggregation", "least_survivors", "fedpriv.privacy.Aggregation(...)"),
+            ("noise", "check", "fedpriv.privacy.correlation.NoiseMatrix(...)"),
+        ):
+            if getattr(self, name) is not None:
+                an_object(name, getattr(self, name), member, example)
+        true_or_false("client_memory", self.client_memory)  # another value could count as False, which claims more
+        true_or_false("filtered", self.filtered)
+
     def _check_aggregation(self) -> None:
         secure = trust_of(self.trust).secure_sums
         if secure and self.aggregation is None:
@@ -454,7 +469,8 @@ class PrivacyPlan:
             expected = '"client" with secure aggregation: rounding to its grid could hide or reveal single records'
             raise UserError("privacy.unit", expected, f'"{self.unit}"', remedy)
         if self.aggregation.everyone_answers and not self.sampling.by_coins:
-            raise ValueError(f"clients that all answer are sampled by coins, not by {self.sampling.name}")
+            remedy = "Choose Poisson, or set everyone_answers to False"
+            raise UserError("sampling", "clients sampled by coins, as all of them answer", self.sampling.name, remedy)
         if not self.sampling.draws_cohorts:
             remedy = "Remove [schedule]: weights would change integers, and no round could be declared void"
             raise UserError("[schedule]", "no such table with secure aggregation", "a schedule", remedy)
@@ -485,7 +501,9 @@ class PrivacyPlan:
         offered = self.trust_rules.trusts_server and self.record is None and self.sampling.draws_cohorts
         offered = offered and self.noise is None and self.sampling.separation == 1
         if self.filtered and not offered:
-            raise ValueError(f"no filter is offered for trust {self.trust}, unit {self.unit}, {self.sampling.name}")
+            got = f"trust {self.trust}, unit {self.unit}, sampling {self.sampling.name}"
+            expected = "trust central, unit client and independent noise"
+            raise UserError("filtered", expected, got, "Set filtered to False")
 
     def _charged(self, rounds: int) -> int:
         return self.rounds if self.filtered and rounds > 0 else rounds
@@ -569,11 +587,15 @@ def make_plan(
         got = "a table without them" if epsilon is None else "both"
         remedy = "Set epsilon for a fixed guarantee, or noise_multiplier for a fixed noise; the other follows"
         raise UserError("[privacy]", "exactly one of epsilon and noise_multiplier", got, remedy)
+    an_object("sampling", sampling, "adjacencies", _EXAMPLE_OF_SAMPLING)
     aggregation = trust if isinstance(trust, Aggregation) else None
     name: TrustName = "aggregator" if isinstance(trust, Aggregation) else trust
+    given = adjacency
+    if given is None:
+        given = "replace" if record is not None else _default_adjacency(trust_of(name), sampling)
     plan = PrivacyPlan(
         trust=name,
-        adjacency=adjacency or ("replace" if record else _default_adjacency(trust_of(name), sampling)),
+        adjacency=given,
         sampling=sampling,
         rounds=rounds,
         delta=delta,
@@ -587,6 +609,9 @@ def make_plan(
     if noise_multiplier is not None:
         return plan
     return replace(plan, noise_multiplier=plan.releases.calibrate(_check_epsilon(epsilon), rounds))
+
+
+_EXAMPLE_OF_SAMPLING = "fedpriv.privacy.Everyone(population=100)"
 
 
 def _check_names(trust: str, adjacency: str, unit: str) -> None:
@@ -612,7 +637,8 @@ def _check_numbers(rounds: int, delta: float, l2_bound: float) -> None:
     if not (is_real(delta, 1e-100) and delta < 1.0):
         raise UserError("privacy.delta", "a number from 1e-100, below 1", repr(delta), "Set it well below 1 / clients")
     if not (is_real(l2_bound) and l2_bound > 0.0):
-        raise ValueError(f"a method's bound must be positive and finite, not {l2_bound}")
+        remedy = "Correct the bound of the method's messages"
+        raise UserError("l2_bound", "a finite number above 0", shown(l2_bound), remedy)
 
 
 def _check_epsilon(epsilon: float | None) -> float:

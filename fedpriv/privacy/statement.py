@@ -6,7 +6,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedpriv.errors import plural
+from fedpriv.checks import one_of, shown, true_or_false, whole_from
+from fedpriv.errors import UserError, plural
 from fedpriv.mechanisms.shares import HALF_MODULUS
 from fedpriv.privacy.plan import PrivacyPlan
 from fedpriv.privacy.records import RecordBound
@@ -271,6 +272,16 @@ def privacy_statement(
     Returns:
         Paragraphs of plain text; no epsilon appears in them without its adversary.
     """
+    for name, value, kind in (
+        ("plan", plan, PrivacyPlan),
+        ("simulated", simulated, Simulated),
+        ("data", data, DataFacts),
+    ):
+        if value is not None and not isinstance(value, kind):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UserError(name, f"a {kind.__name__}, or None", shown(value), f"Give {name} such an object")
+    _check_words(randomness, app, size)
+    for name, value in (("deployed", deployed), ("recorded", recorded), ("evaluated", evaluated)):
+        true_or_false(name, value)
     if plan is None:
         return f"Privacy statement for {method}\n\n{_NOT_PRIVATE}\n"
     if not plan.private:
@@ -302,6 +313,15 @@ def privacy_statement(
         *([_listed(_FILES, _recorded(data, outputs_of(deployed=deployed)))] if recorded else []),
     ]
     return "\n\n".join(paragraphs) + "\n"
+
+
+def _check_words(randomness: str, app: str | None, size: int | None) -> None:
+    """Raise UserError for another source of noise or of an app: its sentences would be missing in the statement."""
+    one_of("randomness", randomness, ("seeded", "system"))
+    if app is not None:
+        one_of("app", app, ("fixed", "supplied"))
+    if size is not None:
+        whole_from("size", size, 0, "Give the number of trained parameters")
 
 
 def _about_sums(plan: PrivacyPlan, *, masked: bool) -> list[str]:

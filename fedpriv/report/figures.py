@@ -18,6 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator
 
+from fedpriv.errors import naming
+from fedpriv.files import write_atomically
 from fedpriv.report.analysis import HeatMap, Quantity
 from fedpriv.tasks.metrics import Metric
 
@@ -186,15 +188,16 @@ def save_figure(figure: Figure, folder: Path, name: str) -> str:
     `--line` and `--c0` ... instead of colors. The files contain no date.
     """
     text = io.StringIO()
-    with _styled(), warnings.catch_warnings(), mpl.rc_context({"svg.hashsalt": name}):
+    picture = folder / f"{name}.png"
+    with naming(picture), _styled(), warnings.catch_warnings(), mpl.rc_context({"svg.hashsalt": name}):
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         warnings.filterwarnings("ignore", message="Matplotlib currently does not support")
         FigureCanvasAgg(figure)
-        figure.savefig(folder / f"{name}.png", dpi=200, facecolor="white", metadata={"Software": None})
+        figure.savefig(picture, dpi=200, facecolor="white", metadata={"Software": None})
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(text, format="svg", transparent=True, metadata=nothing)
     svg = text.getvalue()
-    (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
+    write_atomically(folder / f"{name}.svg", svg)
     return _for_page(svg, name)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
+from fedpriv.checks import a_path, shown
 from fedpriv.errors import UserError
 from fedpriv.experiment.run_directory import jsonable
 from fedpriv.files import write_atomically
@@ -131,8 +132,11 @@ def write_report(path: Path | str, out: Path | str | None = None, *, select: str
     Raises:
         UserError: If there is no finished run, a file is damaged, `select` is unavailable, or `out` is not writable.
     """
+    if select is not None and not isinstance(select, str):
+        raise UserError("select", "the name of a metric", shown(select), "Give a name such as test_loss, or None")
     on, metric = _selection(select)
-    folder = Path(path) / "report" if out is None else Path(out)
+    path = a_path("path", path)
+    folder = path / "report" if out is None else a_path("out", out)
     return report_on(load_study(path, metric), folder, select=on, root=Path(path))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedpriv.checks import at_least_one
+from fedpriv.checks import at_least_one, is_whole, shown
 from fedpriv.errors import UserError
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.run_directory import RunDirectory
@@ -89,8 +89,10 @@ class Halving:
 
     def __post_init__(self) -> None:
         _at_least_one(self, "grace", "least")
-        if self.factor < 2:
-            raise UserError("stop.factor", "at least 2", self.factor, "Choose 3 to keep the best third at each rung")
+        if not is_whole(self.factor, 2):
+            raise UserError(
+                "stop.factor", "at least 2", shown(self.factor), "Choose 3 to keep the best third at each rung"
+            )
 
     def looks(self, round: int) -> bool:
         """Return True if the rule decides after this round."""

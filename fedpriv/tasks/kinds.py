@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedpriv.checks import is_real, is_whole, real_within, require_fraction, shown
 from fedpriv.data.labels import LabelKind, fault_of
 from fedpriv.errors import UserError, nearest
 from fedpriv.plugins import Registry
@@ -143,8 +144,7 @@ class Classification(TaskKind):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise UserError("task.label_smoothing", "from 0 to below 1", self.label_smoothing, "Give a share like 0.1")
+        require_fraction("task.label_smoothing", self.label_smoothing)
         if self.class_weights is not None:
             _positive_weights("task.class_weights", self.class_weights)
             object.__setattr__(self, "class_weights", tuple(self.class_weights))
@@ -199,10 +199,8 @@ class Regression(TaskKind):
             expected = "squared, absolute, huber or poisson"
             raise UserError("task.loss", expected, repr(self.loss), "Choose one of these")
         for key, value in (("delta", self.delta), ("scale", self.scale)):
-            if not 1e-20 <= value <= 1e20:
-                raise UserError(f"task.{key}", "a number from 1e-20 to 1e20", value, "Give a public constant")
-        if not abs(self.center) <= 1e20:
-            raise UserError("task.center", "a number from -1e20 to 1e20", self.center, "Give a public constant")
+            real_within(f"task.{key}", value, 1e-20, 1e20, "Give a public constant")
+        real_within("task.center", self.center, -1e20, 1e20, "Give a public constant")
         if self.loss != "huber" and self.delta != 1.0:
             raise UserError("task.delta", "no value without huber", self.delta, 'Set task.loss = "huber", or remove it')
         if self.loss == "poisson" and (self.center, self.scale) != (0.0, 1.0):
@@ -296,8 +294,9 @@ class NextToken(TaskKind):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not abs(self.ignore_index) < 2**31:
-            raise UserError("task.ignore_index", "a number of 32 bits", self.ignore_index, "Give one such as -100")
+        if not is_whole(self.ignore_index, 1 - 2**31, 2**31 - 1):
+            got = shown(self.ignore_index)
+            raise UserError("task.ignore_index", "a whole number of 32 bits", got, "Give one such as -100")
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """See `TaskKind.losses`; in nats. Outputs are `[examples, positions, tokens]`."""
@@ -377,5 +376,7 @@ def check_losses(kind: TaskKind, outputs: tuple[int, ...], labels: Tensor, class
 
 
 def _positive_weights(key: str, weights: Sequence[float]) -> None:
-    if isinstance(weights, str) or not weights or not all(1e-20 <= weight <= 1e20 for weight in weights):
-        raise UserError(key, "numbers from 1e-20 to 1e20", weights, "Give one public constant for each label")
+    listed = isinstance(weights, list | tuple) and weights
+    if not listed or not all(is_real(weight, 1e-20, 1e20) for weight in weights):
+        remedy = "Give one public constant for each label"
+        raise UserError(key, "a list of numbers from 1e-20 to 1e20", shown(weights), remedy)

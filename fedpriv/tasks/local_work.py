@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.bounding import Clip, row_norms
-from fedpriv.checks import positive_int, require_representable
+from fedpriv.checks import is_real, positive_int, real_within, require_representable
 from fedpriv.data.mapped import rows_at
 from fedpriv.errors import UserError
 from fedpriv.mechanisms.noise import StepNoise
@@ -633,13 +633,12 @@ def _require_count(key: str, value: int, maximum: int | None = None) -> None:
 
 
 def _require_rate(rate: float) -> None:
-    if not 1e-6 <= rate <= 1.0:
-        raise UserError("local.rate", "a probability from 1e-6 to 1", rate, "Give the share of examples in a batch")
+    real_within("local.rate", rate, 1e-6, 1.0, "Give the share of examples in a batch")
 
 
 def _require_changes(prox: float, ascent: float) -> None:
     for key, value in (("prox", prox), ("ascent", ascent)):
-        if value != 0.0:
+        if not is_real(value, 0.0, 0.0):
             require_representable(f"local.{key}", value)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from fedpriv.checks import require_representable
+from fedpriv.checks import is_whole, require_representable, shown
 from fedpriv.errors import UserError
 from fedpriv.tasks.local_work import MAX_STEPS
 from fedpriv.tasks.metrics import Better, known_metric
@@ -51,8 +51,9 @@ class PerClient:
     client_lr: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.steps <= MAX_STEPS:
-            raise UserError("evaluation.steps", f"from 0 to {MAX_STEPS:,}", self.steps, "Give a number such as 5")
+        if not is_whole(self.steps, 0, MAX_STEPS):
+            got = shown(self.steps)
+            raise UserError("evaluation.steps", f"from 0 to {MAX_STEPS:,}", got, "Give a number such as 5")
         if (self.steps > 0) != (self.client_lr is not None):
             got = "a missing key" if self.client_lr is None else self.client_lr
             raise UserError("evaluation.client_lr", "a length with evaluation.steps", got, "Set both, or neither")

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, NamedTuple, Protocol
 
+from fedpriv.checks import a_path, an_object, one_of, shown
 from fedpriv.errors import UserError, nearest, require_extra
 from fedpriv.experiment.config import Config
 from fedpriv.experiment.run_directory import DIAGNOSTICS_FILE, RunDirectory, flat_tables
@@ -112,6 +113,8 @@ def check_trackers(names: Sequence[str]) -> dict[str, str]:
         UserError: If a tracker is unknown, its package is missing, or its store does not answer.
     """
     stores = {}
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise UserError("--log", "a list of trackers", shown(names), 'Write it as ["tensorboard"]')
     for name in names:
         if name not in TRACKERS:
             raise UserError("--log", "a known tracker", repr(name), nearest(name, TRACKERS))
@@ -149,13 +152,17 @@ def track(
         UserError: See `check_trackers`.
     """
     stores = names if isinstance(names, Mapping) else check_trackers(names)
+    for key in stores:
+        one_of("names", key, tuple(TRACKERS))
+    an_object("config", config, "digest", "that of fedpriv.load_config")
+    out = a_path("out", out)
     parameters = {key: value for key, value in flat_tables(config.tables).items() if value is not None}
-    called = {"name": name or config.name, "group": group, "folder": Path(out), "digest": config.digest}
+    called = {"name": name or config.name, "group": group, "folder": out, "digest": config.digest}
     sent = config.privacy is None if diagnostics is None else diagnostics
     scores = tuple(f"test_{score}" for score in config.task.scores)
     common = {"parameters": parameters, "not_covered": config.not_covered, "diagnostics": sent, **called}
     common |= {"scores": scores}
-    return run_log(stores, lambda store: Tracked(store=store, **common), Path(out))
+    return run_log(stores, lambda store: Tracked(store=store, **common), out)
 
 
 def run_log(stores: Mapping[str, str], facts: Callable[[str], Tracked], out: Path) -> "RunLog":

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from fedpriv.checks import one_of
+from fedpriv.checks import a_path, one_of
 from fedpriv.errors import UserError, require_extra
 from fedpriv.experiment.config import with_bare_names
 from fedpriv.files import write_atomically
@@ -65,7 +65,7 @@ def export_model(
     one_of("--to", to, FORMATS)
     if to == "onnx":
         require_extra("--to onnx", "onnx")
-    folder = Path(out) if out is not None else Path(f"{Path(run)}-{to}")
+    folder = a_path("out", out) if out is not None else Path(f"{a_path('run', run)}-{to}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError("--out", "a new or empty folder", str(folder), "Choose another --out, or remove it")
     trained = load_trained(run, module=module, data_root=data_root)

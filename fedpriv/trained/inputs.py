@@ -1,6 +1,7 @@
 """Inputs for a trained model, from files: read, checked and scaled as the data set declares."""
 
 import csv
+import math
 import zipfile
 from pathlib import Path
 from typing import cast
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedpriv.data.dataset import DATASETS
+from fedpriv.data.files import other_separator, refuse_other_separator
 from fedpriv.data.labels import labels_as
 from fedpriv.data.own import labelled_arrays
 from fedpriv.data.text.tokens import Texts
@@ -31,8 +33,8 @@ def read_inputs(trained: Trained, path: Path, *, prepared: bool = False) -> Tens
     Args:
         trained: The run.
         path: A `.npz` file with an array `inputs`, or a `.npy` file, or a `.csv` file: with the declared columns if
-            the data set is a table, with the column of texts if it is one of texts (also `.tsv`), otherwise with the
-            numbers of one input in each row.
+            the data set is a table, separated by commas, semicolons, tabs or bars; with the column of texts if it is
+            one of texts (also `.tsv`); otherwise with the numbers of one input in each row.
         prepared: True if the numbers are scaled already. A table's `.npz` and `.npy` files always are.
 
     Raises:
@@ -43,8 +45,10 @@ def read_inputs(trained: Trained, path: Path, *, prepared: bool = False) -> Tens
     if texts is not None and kind in _TABLES:
         return _shaped(trained, path, texts.read_inputs(path), prepared)
     if kind == ".csv":
-        table = _table(trained)
-        return _shaped(trained, path, _rows_of_numbers(path) if table is None else table.read_inputs(path), prepared)
+        table = _table(trained, path)
+        width = math.prod(trained.input_shape)
+        found = _rows_of_numbers(path, width) if table is None else table.read_inputs(path)
+        return _shaped(trained, path, found, prepared)
     return _shaped(trained, path, _array(path) if kind == ".npy" else _named(path, "inputs"), prepared)
 
 
@@ -61,7 +65,7 @@ def read_examples(trained: Trained, path: Path, *, prepared: bool = False) -> tu
         UserError: If the file cannot be read, or does not suit the run.
     """
     texts = _texts(trained)
-    kind, table = _kind(path, "--data", texts), texts or _table(trained)
+    kind, table = _kind(path, "--data", texts), texts or _table(trained, path)
     if kind == ".npy" or (kind == ".csv" and table is None):
         remedy = "Write both arrays with numpy.savez"
         raise UserError("--data", "a .npz file with inputs and labels", str(path), remedy)
@@ -97,8 +101,8 @@ def _texts(trained: Trained) -> Texts | None:
     return read_table(Texts, {key: value for key, value in table.items() if key in field_names(Texts)}, "data")
 
 
-def _table(trained: Trained) -> Csv | None:
-    """Return a reader of the run's declared columns; None if its data set is no table."""
+def _table(trained: Trained, path: Path) -> Csv | None:
+    """Return a reader of the run's declared columns with the file's separator; None if its data set is no table."""
     columns = cast(Record | None, trained.facts["inputs"]["columns"])
     if columns is None:
         return None
@@ -106,7 +110,9 @@ def _table(trained: Trained) -> Csv | None:
     labels = columns["labels"]
     if labels is None and trained.task.labels == "classes":
         labels = [str(label) for label in range(trained.classes)]
-    return Csv(**{**columns, "file": "inputs", "numeric": numeric, "labels": labels})
+    names = [*numeric, *columns["categories"]]
+    separator = (path.suffix == ".csv" and other_separator(path, ",", names)) or ","
+    return Csv(**{**columns, "file": "inputs", "numeric": numeric, "labels": labels, "separator": separator})
 
 
 def _array(path: Path) -> np.ndarray:
@@ -127,8 +133,9 @@ def _named(path: Path, name: str) -> np.ndarray:
     return np.asarray(found[name])
 
 
-def _rows_of_numbers(path: Path) -> np.ndarray:
-    """Return the rows of a CSV file, float32 `[rows, numbers]`; a first row that holds no number is a header."""
+def _rows_of_numbers(path: Path, width: int) -> np.ndarray:
+    """Return the rows of a CSV file, float32 `[rows, width]`; a first row that holds no number is a header."""
+    refuse_other_separator(path, ",", width)
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = [row for row in csv.reader(file) if row]
     if rows and not any(_is_number(cell) for cell in rows[0]):

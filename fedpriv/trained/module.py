@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from fedpriv.checks import a_path
 from fedpriv.data.dataset import DATASETS, DatasetSource
 from fedpriv.data.labels import labels_as
 from fedpriv.errors import UserError
@@ -93,7 +94,8 @@ def load_module(
 
 def load_trained(path: Path | str, *, module: nn.Module | None = None, data_root: Path | None = None) -> Trained:
     """Return a finished run with its trained module; see `load_module`."""
-    folder = Path(path)
+    folder = a_path("path", path)
+    data_root = None if data_root is None else a_path("data_root", data_root)
     if not (folder / "config.toml").is_file():
         got = "a folder without config.toml" if folder.is_dir() else "a path without a folder"
         raise UserError(str(folder), "the folder of a finished run", got, "Create one with: fedpriv run CONFIG")

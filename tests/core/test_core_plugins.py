@@ -153,6 +153,38 @@ def test_what_leads_nowhere_is_one_line(name: object, said: str) -> None:
     assert said in str(caught.value)
 
 
+OFFERING = """
+from fedpriv.methods import DPFedAvg
+import fedpriv
+class Mine(DPFedAvg): pass
+class _Hidden(DPFedAvg): pass
+def make(): pass
+NUMBER = 3
+"""
+
+
+def test_a_name_that_a_module_lacks_gets_its_public_classes_and_functions(tmp_path: Path) -> None:
+    def said(name: str) -> str:
+        with pytest.raises(UserError, match="which the module does not have") as caught:
+            SERVER_OPTIMIZERS.resolve(name, "server.optimizer")
+        return str(caught.value).partition("does not have. ")[2]
+
+    (tmp_path / "own.py").write_text(OFFERING)
+    assert said(f"{tmp_path}/own.py:Nothing") == "Known: Mine, make."
+    assert said(f"{tmp_path}/own.py:Min") == "Did you mean 'Mine'? Known: Mine, make."
+    (tmp_path / "listed.py").write_text(OFFERING + "__all__ = ['Mine', 'NUMBER', 'fedpriv', 'Later']")
+    assert said(f"{tmp_path}/listed.py:Nothing") == "Known: Later, Mine."
+    assert said("torch.optim:Nadam").startswith("Did you mean 'NAdam'? Known: ASGD, Adadelta, ")
+    assert said("fedpriv.methods:DPFedAv").startswith("Did you mean 'DPFedAvg'?")
+    assert len(said("torch:NoSuch")) < 300
+
+
+def test_a_module_that_fails_to_import_a_part_on_first_use_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text("def __getattr__(name):\n    raise ImportError('no package tensorwhat')\n")
+    with pytest.raises(UserError, match=r"got '.*late\.py:Part' \(ImportError: no package tensorwhat\)"):
+        METHODS.resolve(f"{tmp_path}/late.py:Part", "method.name")
+
+
 @pytest.mark.usefixtures("config")
 def test_an_order_of_a_server_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device's policy may name a class of its owner; a server can then name this class, and no other."""

@@ -147,3 +147,6 @@ def test_the_nearest_name_is_suggested() -> None:
     assert nearest("alpha-normce", ["alpha-normec", "clip21"]).startswith("Did you mean 'alpha-normec'?")
     assert nearest("zzz", ["b", "a"]) == "Known: a, b"
     assert nearest("zzz", []) == "Known: none"
+    many = [f"column-{number}" for number in range(1000)]
+    assert nearest("colum-7", many).startswith("Did you mean 'column-7'? Closest of 1,000 names: column-7, ")
+    assert len(nearest("zzz", many)) < 200

@@ -11,6 +11,10 @@ from PIL import Image
 
 from fedpriv import load_config
 from fedpriv.cli import main
+from fedpriv.clock.graphs import read_edges
+from fedpriv.clock.profiles import Trace
+from fedpriv.data.text.tokens import Texts
+from fedpriv.data.text.words import Words
 from fedpriv.data.user_files import Csv, ImageFolder, Leaf, Npz, Parquet
 from fedpriv.deploy.device.own_data import read_own_data
 from fedpriv.errors import UserError
@@ -74,7 +78,10 @@ of the town",south,high
     [
         ({"categories": {"job": ["clerk", "smith"]}}, "of the town' in line 7"),
         ({"categories": {"job": ["smith"]}}, "'clerk' in line 5"),
-        ({"drop_missing": True, "missing": ["north"], "labels": ["low"], "categories": {}}, "'high' in line 7"),
+        (
+            {"drop_missing": True, "fill": {}, "missing": ["north"], "labels": ["low"], "categories": {}},
+            "'high' in line 7",
+        ),
         ({"columns": ["age", "job", "place", "income"], "fill": {}, "categories": {}}, "'age' in line 3"),
     ],
 )
@@ -145,6 +152,16 @@ def test_a_table_goes_through_a_config_and_back(folder):
             r"a label in column 'income', got 'low' in line 2\. List the values of 'income' in data\.labels",
         ),
         ({"target": "incom"}, r"a column 'incom', got age, job, place, income\. Did you mean 'income'"),
+        (
+            {"fill": {"job": "clerk"}},
+            r"^data\.fill: expected columns of data\.numeric, got the column of categories job: .* zeros\. Remove it",
+        ),
+        ({"fill": {"job": 1.0}}, r"^data\.fill: expected columns of data\.numeric, got the column of categories job"),
+        ({"fill": {"age": "old"}}, r"^data\.fill: expected a finite number for age, got 'old'"),
+        (
+            {"drop_missing": True},
+            r"^data\.fill: expected no values with drop_missing = true, .*'age': 40\.0.*Remove fill",
+        ),
         ({"numeric": {"age": [40, 0]}}, r"^data\.numeric: expected two finite numbers for age, the second from 1e-20"),
         ({"numeric": {"age": [40]}}, r"^data\.numeric: expected"),
         ({"fill": {"aeg": 1.0}}, r"^data\.fill: expected columns of data\.numeric, got aeg\. Did you mean 'age'"),
@@ -329,6 +346,55 @@ def test_cells_without_a_clear_column_are_refused(folder, content, line):
     (folder / "people.csv").write_text(content)
     with pytest.raises(UserError, match=line):
         table()._read(folder / "people.csv")
+
+
+BARE = TABLE.partition("\n")[2]
+NAMES = TABLE.partition("\n")[0].split(",")
+QUOTED = "\n".join(";".join(f'"{cell}"' for cell in row.split(",")) for row in TABLE.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "line"),
+    [
+        (TABLE.replace(",", ";"), {}, r'separated by ",", got ";"\. Set data\.separator = ";"\.$'),
+        (TABLE.replace(",", "\t"), {}, r'separated by ",", got "\\t"\. Set data\.separator = "\\t"\.$'),
+        (TABLE.replace(",", "|"), {}, r'separated by ",", got "\|"\. Set data\.separator'),
+        (TABLE, {"separator": ";"}, r'separated by ";", got ","\. Set data\.separator = ","\.$'),
+        (QUOTED, {}, r'separated by ",", got ";"'),
+        ("#a,b\n" + TABLE.replace(",", ";"), {"comment": "#"}, r'separated by ",", got ";"'),
+        (TABLE.replace(",", ";").replace("55;", "55,5;"), {}, r'separated by ",", got ";"'),
+        (BARE.replace(",", ";"), {"columns": NAMES}, r'separated by ",", got ";"'),
+        (BARE, {"columns": NAMES, "separator": ";"}, r'separated by ";", got ","'),
+        (TABLE.replace("age,", "older,"), {}, r"a column 'age', got older, job, place, income"),
+        (BARE, {"columns": NAMES[1:]}, r"^data\.columns: expected 4 names"),
+        (
+            TABLE.replace(",", ";").replace("55;", "55,5;"),
+            {"separator": ";"},
+            r"finite numbers in column 'age', got '55,5' in line 3\. Write numbers with a decimal point",
+        ),
+    ],
+)
+def test_a_table_with_another_separator_says_which_one(folder, content, options, line):
+    (folder / "people.csv").write_text(content)
+    with pytest.raises(UserError, match=line):
+        table(**options)._read(folder / "people.csv")
+
+
+def test_every_reader_of_csv_files_says_which_separator_a_file_has(folder):
+    (folder / "said.csv").write_text("user;sentence;label\na;one, two, three;0\n")
+    (folder / "said.tsv").write_text("user,sentence,label\na,one,0\n")
+    (folder / "devices.csv").write_text("speed;download;upload\n1;2;3\n")
+    (folder / "edges.csv").write_text("from\tto\n0\t1\n")
+    readers = {
+        "said.csv": [Words(file="said.csv", client="user").load, Texts(file="said.csv").load],
+        "said.tsv": [Words(file="said.tsv").load, Texts(file="said.tsv").load],
+        "devices.csv": [lambda root: Trace(file=str(root / "devices.csv"))],
+        "edges.csv": [lambda root: read_edges(str(root / "edges.csv"))],
+    }
+    for name, loaders in readers.items():
+        for load in loaders:
+            with pytest.raises(UserError, match=rf"{name}: expected columns separated by .*, got .*\. Save the file"):
+                load(folder)
 
 
 @pytest.mark.parametrize("change", [lambda text: "\ufeff" + text, lambda text: text.replace("\n", "\r\n")])

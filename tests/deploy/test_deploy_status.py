@@ -270,3 +270,29 @@ def test_the_budget_counts_charges_of_restored_ledgers_and_has_no_exponent(folde
     assert by_name(view_of(folder, connect=False))["node-0"].budget == "5 of 8"
     policy.write_text(policy.read_text().replace("epsilon = 8.0", "epsilon = 12345.0"))
     assert by_name(view_of(folder, connect=False))["node-0"].budget == "12342 of 12345"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "budget", "said"),
+    [
+        ("fedpriv-client.toml", b"\xff\xfe", "damaged policy", "expected a TOML file"),
+        ("fedpriv-client.toml", b"[limits]\nepsilon = 'all'\n", "damaged policy", "limits.epsilon: expected a number"),
+        ("state/ledger.jsonl", b"{\n", "damaged ledger", "expected"),
+    ],
+)
+def test_a_damaged_file_of_a_node_is_named(
+    folder: Path, file: str, content: bytes, budget: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "node-1" / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    nodes = by_name(view_of(folder, connect=False))
+    assert nodes["node-1"].budget == budget
+    assert nodes["node-1"].fault.startswith(str(path))
+    assert said in nodes["node-1"].fault
+    assert nodes["node-0"].fault == ""
+    with pytest.raises(SystemExit):
+        main(["deploy", "status", str(folder)])
+    out = "".join(capsys.readouterr().out.split())  # lines are broken at the terminal's width
+    assert f"faultnode-1:{path}" in out
+    assert budget.replace(" ", "") in out

@@ -1,6 +1,8 @@
 """Every example runs as its docstring says, as a user would run it."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -50,6 +52,24 @@ def test_an_own_flower_app(tmp_path: Path) -> None:
     output = run(*FEDPRIV, "flower", EXAMPLES / "flower_app", "--clients", "100", "-c", settings, cwd=tmp_path)
     assert "at epsilon 8.000, delta 1e-05" in output
     assert (tmp_path / "model.pt").is_file()
+
+
+def test_the_first_try_of_the_page(tmp_path: Path) -> None:
+    (line,) = re.findall(r"fedpriv (flower .*--clients 10 -c .*?) +#", (ROOT / "docs/examples.md").read_text())
+    output = run(*FEDPRIV, *shlex.split(line.replace("examples/", f"{EXAMPLES}/")), cwd=tmp_path)
+    assert "40 messages in" in output
+
+
+def test_a_client_of_the_flower_app_reads_the_data_once_in_a_process() -> None:
+    """Read for every message, they took five times as long as the training."""
+    count = (
+        "import sklearn.datasets as kept; load, calls = kept.load_digits, []; "
+        "kept.load_digits = lambda: calls.append(1) or load(); "
+        "from private_app import task; [task.load_partition(client, 10) for client in range(10)]; print(len(calls))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES / "flower_app")}
+    command = [sys.executable, "-c", count]
+    assert subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout == "1\n"
 
 
 def test_an_audit(tmp_path: Path) -> None:

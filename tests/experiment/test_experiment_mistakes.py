@@ -182,7 +182,8 @@ def test_inputs_that_need_gradients_are_accepted() -> None:
 
 def test_tables_of_numbers_are_described_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for key, wanted in (
-        ("fill = {sex = 'f'}", "data.fill: expected a table, each value a number, got"),
+        ("categories = {sex = 'f'}", "data.categories: expected a table, each value a list, each a quoted string, got"),
+        ("numeric = {age = [4, 1]}\nfill = {sex = 'f'}", "data.fill: expected columns of data.numeric, got sex. "),
         ("numeric = {age = 3}", "data.numeric: expected a table, each value a list of 2, each a number, got"),
     ):
         data = f'[data]\nname = "csv"\nfile = "x.csv"\ntarget = "y"\n{key}\n[model]'

@@ -264,7 +264,7 @@ def test_the_promise_is_the_budget_and_credits_no_sampling() -> None:
 
 
 def test_a_filter_is_offered_for_central_trust_alone() -> None:
-    with pytest.raises(ValueError, match="no filter is offered for trust local"):
+    with pytest.raises(ValueError, match=r"^filtered: expected .*, got trust local"):
         planned(trust="local")
     with pytest.raises(UserError, match=r"noise_multiplier: expected above 0 with \[controller\]"):
         make_plan(

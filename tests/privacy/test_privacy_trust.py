@@ -107,7 +107,9 @@ def test_so_many_more_clients_bring_the_noise_down_to_what_is_wanted(trust: Trus
 @every_trust
 def test_a_statement_names_the_trusts_adversary_and_the_units_neighbors(trust: Trust) -> None:
     for adjacency in ADJACENCIES:
-        text = " ".join(privacy_statement(plan_of(trust.name, adjacency=adjacency), method="m", randomness="x").split())
+        text = " ".join(
+            privacy_statement(plan_of(trust.name, adjacency=adjacency), method="m", randomness="system").split()
+        )
         assert f"Adversary: {trust.adversary}." in text
         assert f"is added to {trust.noised} (" in text
         assert unit_of("client").neighbors[adjacency] in text

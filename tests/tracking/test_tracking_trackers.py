@@ -4,6 +4,8 @@ import dataclasses
 import json
 import stat
 import struct
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,9 +67,10 @@ def interrupted(config: Config, out: Path, tracker: str, after: int, **options: 
         fedpriv.run_experiment(config, out, engine="loop", resume=True, checkpoint_every=3, watch=watched_by(log, kill))
 
 
-def finished(config: Config, out: Path, tracker: str, **options: Any) -> dict[str, Any]:
+def finished(config: Config, out: Path, tracker: str, *, breaks: bool = False, **options: Any) -> dict[str, Any]:
     with track([tracker], config, out, **options) as log:
         summary = fedpriv.run_experiment(config, out, engine="loop", resume=True, checkpoint_every=3, watch=log)
+    assert bool(log.complaints) == breaks
     assert summary is not None
     return summary
 
@@ -123,22 +126,38 @@ def mlflow_rows(out: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def wandb_records(out: Path) -> "list[Record]":
-    """Read all sessions' files in LevelDB's log format: blocks of 32 KiB after 7 bytes, headers of CRC, size, type."""
+    """Read all sessions' files, each when it is complete: W&B's own process closes it after `finish` has returned."""
+    return [record for file in sorted(out.glob("wandb/offline-run-*/run-*.wandb")) for record in wandb_session(file)]
+
+
+def wandb_session(file: Path) -> "list[Record]":
+    records, ends = [], time.monotonic() + 60.0
+    while not records or not records[-1].HasField("exit"):
+        assert time.monotonic() < ends, f"{file} has no end after a minute"
+        time.sleep(0.05)
+        records = wandb_written(file.read_bytes())
+    return records
+
+
+def wandb_written(content: bytes) -> "list[Record]":
+    """Return the whole records in LevelDB's log format: blocks of 32 KiB after 7 bytes, headers of CRC, size, type."""
     from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
-    records = []
-    for file in sorted(out.glob("wandb/offline-run-*/run-*.wandb")):
-        content, at, whole = file.read_bytes(), 7, b""
-        while at < len(content):
-            if 32768 - at % 32768 < 7:
-                at += 32768 - at % 32768
-                continue
-            length, kind = struct.unpack("<xxxxHB", content[at : at + 7])
-            whole += content[at + 7 : at + 7 + length]
-            at += 7 + length
-            if kind in (1, 4):  # the whole, or its last piece
-                records.append(Record.FromString(whole))
-                whole = b""
+    records, at, whole = [], 7, b""
+    while at < len(content):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        if len(content) < at + 7:
+            break
+        length, kind = struct.unpack("<xxxxHB", content[at : at + 7])
+        if len(content) < at + 7 + length:
+            break
+        whole += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # the whole, or its last piece
+            records.append(Record.FromString(whole))
+            whole = b""
     return records
 
 
@@ -281,6 +300,20 @@ def test_wandb_has_the_config_the_summary_and_the_statement_and_nothing_of_the_m
     assert summary["digest"] == config.digest
 
 
+@pytest.mark.parametrize("begun", [0, 3, 7, 9, 500])
+def test_a_session_is_read_when_its_file_is_complete(begun: int, config: Config, tmp_path: Path) -> None:
+    """W&B's own process may still write it after `finish` has returned, under load seconds later."""
+    finished(config, tmp_path / "run", "wandb")
+    whole = wandb_records(tmp_path / "run")
+    (file,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
+    content = file.read_bytes()
+    file.write_bytes(content[:begun])
+    later = threading.Timer(0.3, file.write_bytes, [content])
+    later.start()
+    assert wandb_records(tmp_path / "run") == whole
+    later.join()
+
+
 @pytest.mark.parametrize("tracker", READERS)
 def test_what_is_not_released_is_in_no_summary_either_where_diagnostics_are_not_sent(
     tracker: str, config: Config, tmp_path: Path
@@ -314,7 +347,7 @@ def test_a_tracker_that_breaks_is_said_and_ends_nothing(
 
     with monkeypatch.context() as patched:
         patched.setattr("fedpriv.tracking.tensorboard.Tracker.row", broken)
-        assert finished(config, out, "tensorboard")["rounds"] == ROUNDS
+        assert finished(config, out, "tensorboard", breaks=True)["rounds"] == ROUNDS
     said = [line for line in capsys.readouterr().err.splitlines() if "The noise on the mean message" not in line]
     assert calls == [0, 0], "one more try, at the end"
     assert len(said) == 2

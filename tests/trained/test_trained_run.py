@@ -145,6 +145,9 @@ def test_inputs_are_scaled_by_the_declared_constants(folder: Path, tmp_path: Pat
     np.savez(tmp_path / "raw.npz", inputs=raw)
     np.savetxt(tmp_path / "raw.csv", raw.reshape(60, -1), delimiter=",", header="a," * 35 + "b", comments="")
     np.save(tmp_path / "ready.npy", prepared().numpy())
+    np.savetxt(tmp_path / "other.csv", raw.reshape(60, -1), delimiter=";")
+    with pytest.raises(UserError, match='columns separated by ",", got ";"'):
+        read_inputs(trained, tmp_path / "other.csv")
     for name in ("raw.npy", "raw.npz", "raw.csv"):
         torch.testing.assert_close(read_inputs(trained, tmp_path / name), prepared())
     assert torch.equal(read_inputs(trained, tmp_path / "ready.npy", prepared=True), prepared())
@@ -170,6 +173,8 @@ def test_a_table_names_its_classes_and_is_read_again(table: Path, tmp_path: Path
     (tmp_path / "new.csv").write_text("sex,age\nm,60\nf,40\n")
     inputs = read_inputs(trained, tmp_path / "new.csv")
     assert inputs.tolist() == [[2.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
+    (tmp_path / "other.csv").write_text("sex;age\nm;60\nf;40\n")
+    assert torch.equal(read_inputs(trained, tmp_path / "other.csv"), inputs)
     found = predictions(trained, inputs)
     assert found["name"].tolist() == [("no", "some or much")[label] for label in found["label"]]
     assert found["probability"].tolist() == pytest.approx(outputs_of(trained, inputs).softmax(1).amax(1).tolist())

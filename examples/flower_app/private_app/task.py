@@ -1,5 +1,7 @@
 """The model and the data: handwritten digits, dealt out to the clients."""
 
+from functools import cache
+
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -13,8 +15,9 @@ def new_model() -> nn.Module:
     return model
 
 
+@cache
 def load_data() -> tuple[Tensor, Tensor]:
-    """Return all images and labels."""
+    """Return all images and labels; read once in each process."""
     digits = load_digits()
     return torch.tensor(digits.images / 16, dtype=torch.float32), torch.tensor(digits.target)
 

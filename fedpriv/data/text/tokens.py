@@ -11,7 +11,8 @@ from fedpriv.checks import positive_int
 from fedpriv.data.dataset import Dataset, Declared
 from fedpriv.data.files import DATA_ROOT_VARIABLE, default_data_root, local_path
 from fedpriv.data.own import dataset_of
-from fedpriv.errors import UserError, nearest, require_extra
+from fedpriv.data.text.read import read_texts
+from fedpriv.errors import UserError, require_extra
 from fedpriv.privacy.released import Whose
 
 if TYPE_CHECKING:
@@ -106,18 +107,7 @@ class Texts:
 
     def _frame(self, path: Path, keys: Sequence[str]) -> "pd.DataFrame":
         """Return the table of a file, which has the columns that these keys name."""
-        import pandas as pd
-
-        options = {"sep": "\t", "quoting": 3} if path.suffix == ".tsv" else {}
-        try:
-            frame = pd.read_csv(path, keep_default_na=False, **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        except (OSError, ValueError) as error:
-            raise UserError(str(path), "a table with a header", str(error)[:200], "Correct the file") from None
-        for key in keys:
-            column: str | None = getattr(self, key)
-            if column is not None and column not in frame:
-                raise UserError(f"data.{key}", f"a column of {path.name}", repr(column), nearest(column, frame))
-        return frame
+        return read_texts(path, {key: getattr(self, key) for key in keys})
 
     def _tokens(self, texts: list[str]) -> np.ndarray:
         """Return the numbers of tokens, float32 `[texts, length]`; float32 is exact for them."""

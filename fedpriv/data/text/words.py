@@ -12,7 +12,8 @@ import torch
 from fedpriv.data.dataset import Dataset
 from fedpriv.data.files import default_data_root
 from fedpriv.data.natural_files import ALPHABET, read_speeches
-from fedpriv.errors import UserError, nearest
+from fedpriv.data.text.read import read_texts
+from fedpriv.errors import UserError
 from fedpriv.privacy.released import Whose
 
 __all__ = ["LETTERS", "WORD_LENGTH", "Words", "symbols_of"]
@@ -76,16 +77,7 @@ class Words:
         return ["".join(letters[said]) for said in read_speeches(path).values()]
 
     def _of_table(self, path: Path) -> list[str]:
-        import pandas as pd
-
-        options = {"sep": "\t", "quoting": 3} if path.suffix == ".tsv" else {}
-        try:
-            frame = pd.read_csv(path, keep_default_na=False, dtype=str, **options)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        except (OSError, ValueError) as error:
-            raise UserError(str(path), "a table with a header", str(error)[:200], "Correct the file") from None
-        for key, column in (("text", self.text), ("client", self.client)):
-            if column is not None and column not in frame:
-                raise UserError(f"data.{key}", f"a column of {path.name}", repr(column), nearest(column, frame))
+        frame = read_texts(path, {"text": self.text, "client": self.client}, str)
         texts = frame[self.text].tolist()
         if self.client is None:
             return texts

@@ -35,7 +35,7 @@ from fedpriv.deploy.device.memory import remembered_ledgers
 from fedpriv.deploy.heads import HEADS_FILE, HeadBook, newer_heads
 from fedpriv.deploy.helper.folder import HELPER_TOML
 from fedpriv.deploy.kinds import described, kind_of, wrong_kind
-from fedpriv.errors import UserError, shown_as
+from fedpriv.errors import UserError, naming, shown_as
 from fedpriv.files import only_one, sync_folder, write_atomically
 from fedpriv.flower.companion import LOCK
 
@@ -77,6 +77,7 @@ def back_up(folder: Path, file: Path) -> str:
     try:
         with (
             shown_as(part, file),
+            naming(file),
             os.fdopen(descriptor, "wb") as opened,
             tarfile.open(fileobj=opened, mode="w") as archive,
         ):

@@ -48,6 +48,7 @@ def status_table(view: DeploymentView) -> RenderableType:
         lines.append(f"run         {run.name}: {run.state}, {rounds}{age}{f' ({mark})' if mark else ''}; {run.path}")
     if not view.runs:
         lines.append("run         none yet")
+    lines += [f"fault       {node.name}: {node.fault}" for node in view.nodes if node.fault]
     rounds = ("counted", "missed", "refused") if view.shown else ()
     table = _table("node", "state", "last seen", *rounds, "budget left")
     for node in view.nodes:
@@ -79,7 +80,7 @@ def _refusals(refused: Mapping[str, int]) -> str:
 
 
 def _budget(node: NodeView) -> Text:
-    bad = node.budget in ("used up", DAMAGED) or node.budget.startswith("0 of")
+    bad = node.budget == "used up" or node.budget.startswith(("0 of", DAMAGED))
     return Text(node.budget, style="red" if bad else "")
 
 

@@ -25,8 +25,9 @@ __all__ = ["DAMAGED", "DeploymentView", "NodeView", "RunView", "budget_left", "v
 
 _PARTICIPATION = "participation.jsonl"
 _ELSEWHERE = "at the node"
-DAMAGED = "damaged records"
-"""The budget of a node without a readable policy or ledger; `fedpriv deploy check` names the file."""
+_POLICY = "fedpriv-client.toml"
+DAMAGED = "damaged "
+"""The budget of a node without a readable policy or ledger, before the name of the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class NodeView:
         missed: Rounds without a usable answer from it, refusals apart.
         refused: Number of refusals by kind.
         budget: Privacy budget left, in words.
+        fault: The error of a damaged policy or ledger; empty if there is none.
     """
 
     name: str
@@ -52,6 +54,7 @@ class NodeView:
     missed: int = 0
     refused: dict[str, int] = field(default_factory=dict)
     budget: str = _ELSEWHERE
+    fault: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +261,8 @@ def _nodes(
             moments = [moment for moment in (last, node.last_seen) if moment is not None]
             node = replace(node, state=state, last_seen=max(moments, default=None))
         node = replace(node, state="removed") if name in removed else node
-        found.append(replace(node, budget=_budget(root, name, node)))
+        budget, fault = _budget(root, name, node)
+        found.append(replace(node, budget=budget, fault=fault))
     return found
 
 
@@ -306,19 +310,24 @@ def budget_left(folder: Path) -> str:
     from fedpriv.deploy.device.ledger import Ledger, spent
     from fedpriv.deploy.device.policy import load_policy
 
-    policy = load_policy(folder / "fedpriv-client.toml")
+    policy = load_policy(folder / _POLICY)
     limits, unit = policy.limits, policy.accepts.unit
     ledger = Ledger(folder / "state")
     used = spent(ledger.entries(), ledger.share(limits.delta), limits.adjacency, unit) + ledger.charged
     return f"{_number(max(limits.epsilon - used, 0.0))} of {_number(limits.epsilon)}"
 
 
-def _budget(root: Path | None, name: str, node: NodeView) -> str:
-    """Return the budget left: from the node's own folder if it is here, otherwise from its refusals."""
+def _budget(root: Path | None, name: str, node: NodeView) -> tuple[str, str]:
+    """Return the budget left, from the node's own folder if it is here, otherwise from its refusals; and the fault."""
     if name.startswith("helper-"):
-        return "none needed"
-    if root is not None and (root / name / "fedpriv-client.toml").is_file():
-        with suppress(UserError, OSError):
-            return budget_left(root / name)
-        return DAMAGED
-    return "used up" if node.refused.get("budget") else _ELSEWHERE
+        return "none needed", ""
+    if root is None or not (root / name / _POLICY).is_file():
+        return ("used up" if node.refused.get("budget") else _ELSEWHERE), ""
+    try:
+        return budget_left(root / name), ""
+    except UserError as error:
+        file, fault = error.where, str(error)
+    except OSError as error:
+        file = str(error.filename or root / name)
+        fault = f"{file}: {error.strerror or error}"
+    return f"{DAMAGED}{'policy' if _POLICY in file else 'ledger'}", fault

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedpriv.errors import require_extra
+from fedpriv.errors import naming, require_extra
 from fedpriv.tables import Record
 from fedpriv.tasks.kinds import Classification, TaskKind
 from fedpriv.tasks.metrics import Metric
@@ -81,7 +81,7 @@ def plot_curves(
             _mark_chance(axes, task.chance(classes) if classes else None)
         if any(key in row.get("not_covered", ()) for row in rows):
             axes.set_title(f"{axes.get_title()}\nnot covered by epsilon", color=_WARNING)
-    with warnings.catch_warnings():
+    with naming(path), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(path, dpi=120)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedpriv.errors import UserError, plural, require_extra
+from fedpriv.errors import UserError, naming, plural, require_extra
 from fedpriv.privacy import PrivacyPlan, rounded_up
 from fedpriv.privacy.gaussian import gaussian_tradeoff
 
@@ -86,7 +86,8 @@ def plot_trade_off(plan: PrivacyPlan | None, path: Path, name: str) -> None:
     axes.set_aspect("equal")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right", fontsize=8)
-    figure.savefig(path, dpi=120, format="png")
+    with naming(path):
+        figure.savefig(path, dpi=120, format="png")
 
 
 def _title(plan: PrivacyPlan, name: str) -> str:
