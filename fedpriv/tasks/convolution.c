@@ -33,7 +33,7 @@
 #define MARGIN (SIDE / 2)
 #define TAPS (SIDE * SIDE)
 #define PAIR 2
-#define VECTORS 64 /* of a channel, in the images whose gradients are added before their sums leave the registers */
+#define VECTORS 64 /* of a channel: as many images are added before their sums leave the registers */
 
 typedef float vector __attribute__((vector_size(4 * LANES)));
 

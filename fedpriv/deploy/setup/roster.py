@@ -59,7 +59,7 @@ class Roster:
 
     @property
     def damaged(self) -> list[str]:
-        """Names of nodes whose file holds no key."""
+        """Names of nodes without a key in their file."""
         return [name for name, key in self.keys.items() if not _is_key(key)]
 
     @property

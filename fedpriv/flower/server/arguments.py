@@ -82,7 +82,7 @@ _VALUES = {
 
 
 def refuse_values(given: Mapping[str, object]) -> None:
-    """Raise UserError for the first argument of a strategy whose value has the wrong type.
+    """Raise UserError for the first argument of a strategy with a value of the wrong type.
 
     Args:
         given: `privacy`, `noise`, `adaptive`, `server_optimizer`, `cohort`, `seed` and `out`, as far as they are given.
