@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -145,7 +146,7 @@ def test_bad_labels_and_other_formats_are_left_to_torch() -> None:
         assert form.gradients(models, inputs, bad, weights) is None
     assert form.gradients(models.double(), inputs, labels, weights) is None
     assert form.gradients(models, inputs.double(), labels, weights) is None
-    assert form.gradients(models, torch._neg_view(inputs), labels, weights) is None
+    assert form.gradients(models, cast(Any, torch)._neg_view(inputs), labels, weights) is None
     assert form.gradients(models, inputs, labels.int(), weights) is None
     assert form.gradients(models, inputs, labels, weights.double()) is None
     assert form.gradients(torch.zeros(65 * 4), inputs, labels, weights) is None  # 65 classes
