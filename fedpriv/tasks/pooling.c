@@ -12,8 +12,8 @@
 #define NOWHERE 4 /* ReLU took the window's maximum away */
 #define INLINE static inline __attribute__((always_inline))
 
-/* Windows at `count` places; the left and right columns of a window are `right` floats apart, and windows `step`. A loop
- * with constants is done at once. */
+/* Windows at `count` places; the left and right columns of a window are `right` floats apart, and windows `step`. A
+ * loop with constants is done at once. */
 INLINE void pool_windows(const float *restrict upper, const float *restrict lower, size_t right, size_t step,
                          size_t count, float *restrict values, int32_t *restrict places) {
     for (size_t i = 0; i < count; i++) {
@@ -50,16 +50,39 @@ INLINE void spread_windows(const float *slopes, const int32_t *places, size_t ri
     }
 }
 
-/* values, places: [planes, height / 2, width / 2], of inputs [planes, height, width]; a place is 0 to 3 in a window, or NOWHERE. */
+/* Calls `use(first, size)` for blocks of windows, with a constant size if there are enough. The last block may overlap
+ * the one before; it writes the same results again. */
+#define IN_BLOCKS(use, count)                                                                                          \
+    if ((count) >= LANES) {                                                                                            \
+        size_t i = 0;                                                                                                  \
+        for (; i + LANES <= (count); i += LANES)                                                                       \
+            use(i, LANES);                                                                                             \
+        if (i < (count))                                                                                               \
+            use((count) - LANES, LANES);                                                                               \
+    } else if ((count) >= LANES / 2) {                                                                                 \
+        use(0, LANES / 2);                                                                                             \
+        use((count) - LANES / 2, LANES / 2);                                                                           \
+    } else {                                                                                                           \
+        use(0, count);                                                                                                 \
+    }
+
+/* values, places: [planes, height / 2, width / 2], of inputs [planes, height, width]; a place is 0 to 3 in a window, or
+ * NOWHERE. */
 void pool(const float *inputs, size_t planes, size_t height, size_t width, float *values, int32_t *places) {
-    const size_t rows = height / 2, columns = width / 2;
+    const size_t rows = height / 2, columns = width / 2, all = planes * rows * columns;
+    const float *end = inputs + planes * height * width;
     for (size_t p = 0; p < planes; p++)
         for (size_t row = 0; row < rows; row++) {
             const float *upper = inputs + (p * height + 2 * row) * width, *lower = upper + width;
-            size_t i = 0, at = (p * rows + row) * columns;
-            for (; i + LANES <= columns; i += LANES)
-                pool_windows(upper + 2 * i, lower + 2 * i, 1, 2, LANES, values + at + i, places + at + i);
-            pool_windows(upper + 2 * i, lower + 2 * i, 1, 2, columns - i, values + at + i, places + at + i);
+            const size_t at = (p * rows + row) * columns;
+            if (columns < LANES && all - at >= LANES && end - lower >= 2 * LANES) {
+                /* Beyond the row are numbers that do not count, and results that the next rows replace. */
+                pool_windows(upper, lower, 1, 2, LANES, values + at, places + at);
+                continue;
+            }
+#define POOL(first, size)                                                                                              \
+    pool_windows(upper + 2 * (first), lower + 2 * (first), 1, 2, size, values + at + (first), places + at + (first))
+            IN_BLOCKS(POOL, columns)
         }
 }
 
@@ -72,10 +95,11 @@ void spread(const float *value_slopes, const int32_t *places, size_t planes, siz
     for (size_t p = 0; p < planes; p++)
         for (size_t row = 0; row < rows; row++) {
             float *upper = slopes + (p * height + 2 * row) * width, *lower = upper + width;
-            size_t i = 0, at = (p * rows + row) * columns;
-            for (; i + LANES <= columns; i += LANES)
-                spread_windows(value_slopes + at + i, places + at + i, 1, 2, LANES, upper + 2 * i, lower + 2 * i);
-            spread_windows(value_slopes + at + i, places + at + i, 1, 2, columns - i, upper + 2 * i, lower + 2 * i);
+            const size_t at = (p * rows + row) * columns;
+            const float *found = value_slopes + at;
+#define SPREAD(first, size)                                                                                            \
+    spread_windows(found + (first), places + at + (first), 1, 2, size, upper + 2 * (first), lower + 2 * (first))
+            IN_BLOCKS(SPREAD, columns)
         }
 }
 
@@ -88,10 +112,10 @@ void pool_inner(const float *inputs, size_t images, size_t height, size_t width,
             for (size_t column = 0; column < columns; column++) {
                 const float *upper = inputs + ((p * height + 2 * row) * width + 2 * column) * channels;
                 const float *lower = upper + width * channels;
-                size_t i = 0, at = ((p * rows + row) * columns + column) * channels;
-                for (; i + LANES <= channels; i += LANES)
-                    pool_windows(upper + i, lower + i, channels, 1, LANES, values + at + i, places + at + i);
-                pool_windows(upper + i, lower + i, channels, 1, channels - i, values + at + i, places + at + i);
+                const size_t at = ((p * rows + row) * columns + column) * channels;
+#define POOL_INNER(first, size)                                                                                        \
+    pool_windows(upper + (first), lower + (first), channels, 1, size, values + at + (first), places + at + (first))
+                IN_BLOCKS(POOL_INNER, channels)
             }
 }
 
@@ -106,10 +130,10 @@ void spread_inner(const float *value_slopes, const int32_t *places, size_t image
             for (size_t column = 0; column < columns; column++) {
                 float *upper = slopes + ((p * height + 2 * row) * width + 2 * column) * channels;
                 float *lower = upper + width * channels;
-                size_t i = 0, at = ((p * rows + row) * columns + column) * channels;
+                const size_t at = ((p * rows + row) * columns + column) * channels;
                 const float *found = value_slopes + at;
-                for (; i + LANES <= channels; i += LANES)
-                    spread_windows(found + i, places + at + i, channels, 1, LANES, upper + i, lower + i);
-                spread_windows(found + i, places + at + i, channels, 1, channels - i, upper + i, lower + i);
+#define SPREAD_INNER(first, size)                                                                                      \
+    spread_windows(found + (first), places + at + (first), channels, 1, size, upper + (first), lower + (first))
+                IN_BLOCKS(SPREAD_INNER, channels)
             }
 }

@@ -30,6 +30,9 @@ SHAPES = (
     (2, 19, 4, 6),
     (2, 8, 2, 2),
     (0, 3, 8, 8),
+    (2, 4, 14, 28),
+    (3, 7, 6, 14),
+    (1, 12, 4, 10),
     (2, 3, 37, 50),
 )
 
@@ -188,7 +191,9 @@ WRONG = (
     (" + 0.0f", ""),
     ("most <= 0.0f", "most < 0.0f"),
     ("most < 0.0f ? 0.0f : most", "most > 0.0f ? most : 0.0f"),
-    ("lower + i, channels, 1", "lower + i, 1, 1"),
+    ("lower + (first), channels, 1", "lower + (first), 1, 1"),
+    ("use((count) - LANES, LANES)", "use(0, LANES)"),
+    ("use((count) - LANES / 2, LANES / 2)", "use(0, LANES / 2)"),
 )
 
 
