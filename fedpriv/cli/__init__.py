@@ -68,7 +68,7 @@ def _refuse_empty_paths(given: Sequence[str]) -> None:
 def _is_of_output(error: OSError) -> bool:
     """Return True for an error of the standard output, as into a file on a full disk."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return not {"cli", "click", "rich", "typer"}.isdisjoint(Path(last.filename).parts)
+    return Path(last.filename).parent.name in ("cli", "click", "rich", "typer")
 
 
 def _fail(line: str) -> None:

@@ -43,7 +43,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from fedpriv.checks import is_whole, plain_numbers, shown, whole_from
+from fedpriv.checks import is_whole, plain_numbers, shown, true_or_false, whole_from
 from fedpriv.errors import UserError
 from fedpriv.mechanisms.shares import HALF_MODULUS
 from fedpriv.privacy.sampling import Everyone, Sampling
@@ -105,6 +105,7 @@ class Aggregation:
         plain_numbers(self)
         whole_from("aggregation.helpers", self.helpers, 1, "Name at least one helper outside the server's organization")
         whole_from("aggregation.colluders", self.colluders, 0, "Give 0 if no client colludes")
+        true_or_false("aggregation.everyone_answers", self.everyone_answers)  # a text would count as True
         whole_from("aggregation.most", self.most, 1, "Give the number of messages in a round")
         if not is_whole(self.least_survivors, self.colluders + 1, self.most):
             expected = f"more than the {self.colluders} colluders, and at most the {self.most:,} clients of a round"
@@ -197,6 +198,7 @@ class AggregationChoice:
         plain_numbers(self)
         whole_from("aggregation.helpers", self.helpers, 1, "Name at least one helper outside the server's organization")
         whole_from("aggregation.colluders", self.colluders, 0, "Give 0 if no client colludes")
+        true_or_false("aggregation.everyone_answers", self.everyone_answers)  # a text would count as True
         if self.least_survivors is not None:
             remedy = "Remove it for the default: a sum of one message is that message"
             whole_from("aggregation.least_survivors", self.least_survivors, _MIN_CLIENTS, remedy)

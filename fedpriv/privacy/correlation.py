@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
-from fedpriv.checks import is_whole, plain_numbers
+from fedpriv.checks import is_whole, plain_numbers, true_or_false
 from fedpriv.errors import UserError, nearest
 from fedpriv.mechanisms.base import Mechanism
 from fedpriv.mechanisms.correlated import SLACK, Correlated, Fading, fading, filtered, squared_sensitivity
@@ -113,6 +113,7 @@ class Banded:
 
     def __post_init__(self) -> None:
         plain_numbers(self)
+        true_or_false("hidden", self.hidden)
         c = self.coefficients
         if not c or c[0] != 1.0 or not c[-1] >= 0.0 or not all(a >= b for a, b in pairwise(c)):
             raise ValueError(f"coefficients begin with 1, are not negative and never increase: {c}")

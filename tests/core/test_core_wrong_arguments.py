@@ -34,6 +34,7 @@ from fedpriv.privacy import (
     make_plan,
     privacy_statement,
 )
+from fedpriv.privacy.correlation import Banded
 from fedpriv.sweeps.stopping import RULES
 from fedpriv.tasks.kinds import TASKS
 from fedpriv.tasks.local_work import LOCAL_WORKS
@@ -153,6 +154,16 @@ def test_a_plan_takes_only_true_and_false_for_memory(memory: Any) -> None:
     """None counted as False, and with fixed-size cohorts a plan without memory claims amplification by sampling."""
     with pytest.raises(UserError, match=r"^client_memory: expected True or False"):
         make_plan(**{**PLAN, "sampling": FixedSize(100, 10), "client_memory": memory})
+
+
+@pytest.mark.parametrize("value", ["no", 1, None, [0]])
+def test_only_true_and_false_say_that_everyone_answers(value: Any) -> None:
+    """A text counted as True, which credits sampling under secure aggregation."""
+    for kind, given in (KINDS["sums"], KINDS["aggregation"]):
+        with pytest.raises(UserError, match=r"^aggregation.everyone_answers: expected True or False"):
+            kind(**{**given, "everyone_answers": value})
+    with pytest.raises(UserError, match=r"^hidden: expected True or False"):
+        Banded(coefficients=(1.0, 0.5), rounds=2, hidden=value)
 
 
 def test_wrong_arguments_of_a_statement_are_one_line() -> None:
